@@ -1,0 +1,100 @@
+// conv_relu:           y = max(conv(x, weight) + bias, 0)
+// conv_relu_max_pool:  y = max_pool(that), without the full-size image ever being stored.
+// Backward: the ReLU mask and the pool's expansion happen while the convolution's passes load the
+// gradient (rows.h), so no intermediate gradient is stored either.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "conv_direct.h"
+#include "max_pool.h"
+#include "shapes.h"
+
+namespace maskcore {
+namespace {
+
+Tensor conv_relu_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t padding) {
+  const ConvShape s = ConvShape::of(x, weight, padding);
+  check_tensor(bias, "bias", {s.K});
+  Tensor y = torch::stable::new_empty(x, {s.N, s.P, s.Q, s.K});
+  float* y_data = y.mutable_data_ptr<float>();
+  const float* filter = pack_filter(weight.const_data_ptr<float>(), s, /*turned=*/false);
+  convolve(
+      s, s.P, s.Q, Activation{x.const_data_ptr<float>(), s.H, s.W, s.C}, filter, bias.const_data_ptr<float>(),
+      /*relu=*/true, [=](int64_t n, int64_t p, int64_t) { return y_data + (n * s.P + p) * s.Q * s.K; },
+      [](int64_t, int64_t, int64_t) {});
+  return y;
+}
+
+/// The three gradients, given the rows of the gradient in front of the activation.
+template <class Gradient>
+std::tuple<Tensor, Tensor, Tensor> conv_backward(const ConvShape& s, const Gradient& gradient, const Tensor& x,
+                                                 const Tensor& weight, bool need_dx) {
+  Tensor dx = torch::stable::new_empty(x, {need_dx ? s.N : 0, s.H, s.W, s.C});
+  Tensor dweight = torch::stable::new_empty(weight, {s.K, s.C, 3, 3});
+  Tensor dbias = torch::stable::new_empty(weight, {s.K});
+  convolve_backward_weight(s, Activation{x.const_data_ptr<float>(), s.H, s.W, s.C}, gradient,
+                           dweight.mutable_data_ptr<float>(), dbias.mutable_data_ptr<float>());
+  if (need_dx) {
+    convolve_backward_data(s, gradient, weight.const_data_ptr<float>(), dx.mutable_data_ptr<float>());
+  }
+  return {dx, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_relu_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                          const Tensor& y, int64_t padding, bool need_dx) {
+  const ConvShape s = ConvShape::of(x, weight, padding);
+  check_tensor(dy, "dy", {s.N, s.P, s.Q, s.K});
+  check_tensor(y, "y", {s.N, s.P, s.Q, s.K});
+  const ReluGradient gradient{dy.const_data_ptr<float>(), y.const_data_ptr<float>(), s.P, s.Q, s.K};
+  return conv_backward(s, gradient, x, weight, need_dx);
+}
+
+std::tuple<Tensor, Tensor> conv_relu_max_pool_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                                  int64_t padding) {
+  const ConvShape s = ConvShape::of(x, weight, padding);
+  check_tensor(bias, "bias", {s.K});
+  const PoolShape pool{.N = s.N, .H = s.P, .W = s.Q, .C = s.K};
+  STD_TORCH_CHECK(pool.P >= 1 && pool.Q >= 1, "x is too small to be pooled: the convolution gives ", s.P, " x ", s.Q);
+  Tensor y = torch::stable::new_empty(x, {s.N, pool.P, pool.Q, s.K});
+  Tensor argmax = torch::stable::new_empty(x, {s.N, pool.P, pool.Q, s.K}, ScalarType::Byte);
+  float* y_data = y.mutable_data_ptr<float>();
+  uint8_t* argmax_data = argmax.mutable_data_ptr<uint8_t>();
+  const float* filter = pack_filter(weight.const_data_ptr<float>(), s, /*turned=*/false);
+  // The pool drops an odd last row and column: they are not computed.
+  const int64_t P = 2 * pool.P, Q = 2 * pool.Q;
+  const auto convolved = [=](int64_t slot) { return workspace(Purpose::kConvolved, 16 * Q * s.K) + slot * Q * s.K; };
+  convolve(
+      s, P, Q, Activation{x.const_data_ptr<float>(), s.H, s.W, s.C}, filter, bias.const_data_ptr<float>(),
+      /*relu=*/true, [=](int64_t, int64_t, int64_t slot) { return convolved(slot); },
+      [=](int64_t n, int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; p += 2) {
+          const int64_t out = (n * pool.P + p / 2) * pool.Q * s.K;
+          max_pool_row(convolved(p - begin), convolved(p - begin + 1), pool.Q, s.K, y_data + out, argmax_data + out);
+        }
+      });
+  return {y, argmax};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward_cpu(const Tensor& dy, const Tensor& x,
+                                                                   const Tensor& weight, const Tensor& y,
+                                                                   const Tensor& argmax, int64_t padding,
+                                                                   bool need_dx) {
+  const ConvShape s = ConvShape::of(x, weight, padding);
+  check_tensor(dy, "dy", {s.N, s.P / 2, s.Q / 2, s.K});
+  check_tensor(y, "y", {s.N, s.P / 2, s.Q / 2, s.K});
+  check_tensor(argmax, "argmax", {s.N, s.P / 2, s.Q / 2, s.K}, ScalarType::Byte);
+  const PooledReluGradient gradient{dy.const_data_ptr<float>(), y.const_data_ptr<float>(),
+                                    argmax.const_data_ptr<uint8_t>(), s.P, s.Q, s.K};
+  return conv_backward(s, gradient, x, weight, need_dx);
+}
+
+}  // namespace
+}  // namespace maskcore
+
+STABLE_TORCH_LIBRARY_IMPL(maskcore, CPU, m) {
+  m.impl("conv_relu", TORCH_BOX(&maskcore::conv_relu_cpu));
+  m.impl("_conv_relu_backward", TORCH_BOX(&maskcore::conv_relu_backward_cpu));
+  m.impl("conv_relu_max_pool", TORCH_BOX(&maskcore::conv_relu_max_pool_cpu));
+  m.impl("_conv_relu_max_pool_backward", TORCH_BOX(&maskcore::conv_relu_max_pool_backward_cpu));
+}

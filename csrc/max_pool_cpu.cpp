@@ -1,0 +1,69 @@
+// max_pool: y[n,p,q,c] = max over i,j in {0,1} of x[n,2p+i,2q+j,c], with the place of the first maximum.
+// Bound by memory: reads 4 floats and writes 5 bytes an output.
+#include "max_pool.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "shapes.h"
+
+namespace maskcore {
+namespace {
+
+std::tuple<Tensor, Tensor> max_pool_cpu(const Tensor& x) {
+  check_tensor(x, "x", {kAny, kAny, kAny, kAny});
+  const PoolShape s{.N = x.size(0), .H = x.size(1), .W = x.size(2), .C = x.size(3)};
+  STD_TORCH_CHECK(s.P >= 1 && s.Q >= 1, "x must be at least 2 pixels high and wide, is ", s.H, " x ", s.W);
+  Tensor y = torch::stable::new_empty(x, {s.N, s.P, s.Q, s.C});
+  Tensor argmax = torch::stable::new_empty(x, {s.N, s.P, s.Q, s.C}, ScalarType::Byte);
+  const float* x_data = x.const_data_ptr<float>();
+  float* y_data = y.mutable_data_ptr<float>();
+  uint8_t* argmax_data = argmax.mutable_data_ptr<uint8_t>();
+  torch::stable::parallel_for(0, s.N * s.P, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* upper = x_data + ((row / s.P) * s.H + 2 * (row % s.P)) * s.W * s.C;
+      const int64_t out = row * s.Q * s.C;
+      max_pool_row(upper, upper + s.W * s.C, s.Q, s.C, y_data + out, argmax_data + out);
+    }
+  });
+  return {y, argmax};
+}
+
+Tensor max_pool_backward_cpu(const Tensor& dy, const Tensor& argmax, int64_t H, int64_t W) {
+  check_tensor(dy, "dy", {kAny, H / 2, W / 2, kAny});
+  const PoolShape s{.N = dy.size(0), .H = H, .W = W, .C = dy.size(3)};
+  check_tensor(argmax, "argmax", {s.N, s.P, s.Q, s.C}, ScalarType::Byte);
+  Tensor dx = torch::stable::new_empty(dy, {s.N, s.H, s.W, s.C});
+  const float* dy_data = dy.const_data_ptr<float>();
+  const uint8_t* argmax_data = argmax.const_data_ptr<uint8_t>();
+  float* dx_data = dx.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, s.N * s.H, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t n = row / s.H, h = row % s.H;
+      float* out = dx_data + row * s.W * s.C;
+      std::fill(out, out + s.W * s.C, 0.0f);
+      if (h / 2 >= s.P) continue;
+      const int64_t in = (n * s.P + h / 2) * s.Q * s.C;
+      for (int64_t q = 0; q < s.Q; ++q) {
+        for (int64_t j = 0; j < 2; ++j) {
+          const int64_t place = h % 2 * 2 + j;
+          for (int64_t c = 0; c < s.C; ++c) {
+            const int64_t i = in + q * s.C + c;
+            out[(2 * q + j) * s.C + c] = argmax_data[i] == place ? dy_data[i] : 0.0f;
+          }
+        }
+      }
+    }
+  });
+  return dx;
+}
+
+}  // namespace
+}  // namespace maskcore
+
+STABLE_TORCH_LIBRARY_IMPL(maskcore, CPU, m) {
+  m.impl("max_pool", TORCH_BOX(&maskcore::max_pool_cpu));
+  m.impl("_max_pool_backward", TORCH_BOX(&maskcore::max_pool_backward_cpu));
+}

@@ -1,0 +1,30 @@
+// The table of contents: every operator's schema. Each backend file registers its implementations as
+// its last block; the Python side (maskcore/ops.py) adds shape inference and gradients.
+// Activations x, y, z, dy, dx are [N,H,W,C] float32; filters are [K,C,3,3].
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(maskcore, m) {
+  m.def("conv_relu(Tensor x, Tensor weight, Tensor bias, int padding) -> Tensor");
+  m.def(
+      "_conv_relu_backward(Tensor dy, Tensor x, Tensor weight, Tensor y, int padding, bool need_dx)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def(
+      "conv_relu_max_pool(Tensor x, Tensor weight, Tensor bias, int padding) -> (Tensor y, Tensor argmax)");
+  m.def(
+      "_conv_relu_max_pool_backward(Tensor dy, Tensor x, Tensor weight, Tensor y, Tensor argmax, int padding,"
+      " bool need_dx) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def(
+      "conv_bn_relu_train(Tensor x, Tensor weight, Tensor bias, Tensor gamma, Tensor beta, float eps,"
+      " int padding) -> (Tensor y, Tensor z, Tensor mean, Tensor var)");
+  m.def(
+      "_conv_bn_relu_train_backward(Tensor dy, Tensor x, Tensor weight, Tensor z, Tensor gamma, Tensor beta,"
+      " Tensor mean, Tensor var, float eps, int padding, bool need_dx)"
+      " -> (Tensor dx, Tensor dweight, Tensor dgamma, Tensor dbeta)");
+  m.def("max_pool(Tensor x) -> (Tensor y, Tensor argmax)");
+  m.def("_max_pool_backward(Tensor dy, Tensor argmax, int H, int W) -> Tensor");
+  m.def("softmax_cross_entropy(Tensor logits, Tensor target) -> (Tensor loss, Tensor probabilities)");
+  m.def("_softmax_cross_entropy_backward(Tensor dloss, Tensor probabilities, Tensor target) -> Tensor");
+  m.def(
+      "adam_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+      " float lr, float beta1, float beta2, float eps, float l2, int step, bool keras_epsilon) -> ()");
+}

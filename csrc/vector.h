@@ -1,0 +1,54 @@
+// The vector type of the instruction set being compiled: GCC and Clang vector extensions, so that
+// one source serves AVX-512, AVX2, SSE2 and NEON. setup.py compiles every *_cpu.cpp once for each
+// instruction set; only this file knows which one it is.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace maskcore {
+
+// Register tile of the matrix products: kTileRows x (kTileVectors vectors) accumulators, kTileVectors
+// vectors of the right operand and one broadcast of the left must fit the register file:
+//   AVX-512  12 * 2 + 2 + 1 = 27 of 32;   AVX2, SSE2, NEON  6 * 2 + 2 + 1 = 15 of 16.
+#if defined(MASKCORE_VECTOR_BYTES)  // tests run the wide tile on narrower processors
+inline constexpr int kVectorBytes = MASKCORE_VECTOR_BYTES;
+#elif defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(float));
+inline constexpr int kTileVectors = 2;
+inline constexpr int kTileColumns = kTileVectors * kLanes;
+inline constexpr int kTileRows = kVectorBytes == 64 ? 12 : 6;
+
+// Unaligned and aliasing, so that *(Vec*)pointer is a plain vector load or store.
+typedef float Vec __attribute__((vector_size(kVectorBytes), aligned(alignof(float)), may_alias));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+/// The first `lanes` lanes, the rest zero; nothing past them is touched. Any `lanes` is allowed.
+inline Vec load(const float* p, int64_t lanes) {
+  if (lanes >= kLanes) return load(p);
+  Vec v{};
+  if (lanes > 0) std::memcpy(&v, p, static_cast<size_t>(lanes) * sizeof(float));
+  return v;
+}
+inline void store(float* p, Vec v, int64_t lanes) {
+  if (lanes >= kLanes) {
+    store(p, v);
+  } else if (lanes > 0) {
+    std::memcpy(p, &v, static_cast<size_t>(lanes) * sizeof(float));
+  }
+}
+
+/// max(v, 0); NaN stays NaN, as torch.relu has it.
+inline Vec relu(Vec v) { return v <= 0.0f ? Vec{} : v; }
+inline float relu(float x) { return x <= 0.0f ? 0.0f : x; }
+
+}  // namespace maskcore

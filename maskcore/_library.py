@@ -1,0 +1,81 @@
+"""Finds and loads the kernels: one shared object per instruction set, the best that runs here."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from maskcore import _native
+
+#: Best first. setup.py builds one ``_kernels_<name>`` object for each that the compiler knows.
+INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "baseline")
+
+
+def _built() -> dict[str, Path]:
+    found = {path.name.split(".")[0]: path for path in Path(__file__).parent.glob("_kernels_*.so")}
+    return {name: found[f"_kernels_{name}"] for name in INSTRUCTION_SETS if f"_kernels_{name}" in found}
+
+
+def available() -> list[str]:
+    """Instruction sets that were built and that this processor runs, best first."""
+    supported = _native.supported_isa()
+    return [name for name in _built() if name in supported]
+
+
+def _choose() -> str:
+    usable = available()
+    wanted = os.environ.get("MASKCORE_ISA")
+    if wanted:
+        if wanted not in usable:
+            raise ImportError(
+                f"MASKCORE_ISA={wanted} cannot be used: this machine and build have {', '.join(usable)}"
+            )
+        return wanted
+    if not usable:
+        raise ImportError("maskcore's kernels are not built: run `pip install .` in its source folder")
+    return usable[0]
+
+
+@functools.cache
+def load() -> str:
+    """Loads the kernels once and returns the instruction set they were compiled for."""
+    isa = _choose()
+    torch.ops.load_library(str(_built()[isa]))
+    return isa
+
+
+def _cuda_state() -> str:
+    if not any(Path(__file__).parent.glob("_kernels_cuda*.so")):
+        return "not built (no nvcc was found, or MASKCORE_CUDA=0)"
+    if torch.version.cuda is None:
+        return "built, but this torch has no CUDA"
+    if not torch.cuda.is_available():
+        return "built, but no GPU was found"
+    return torch.cuda.get_device_name()
+
+
+def config() -> dict[str, str | int]:
+    """What this process computes with: a JSON-able dict, as :func:`show_config` prints it."""
+    import maskcore
+
+    caches = _native.cache_sizes()
+    return {
+        "maskcore": maskcore.__version__,
+        "instruction set": load(),
+        "instruction sets available": ", ".join(available()),
+        "threads": torch.get_num_threads(),
+        "caches": ", ".join(f"{name} {size // 1024} KiB" for name, size in caches.items() if size),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "CUDA": _cuda_state(),
+    }
+
+
+def show_config() -> None:
+    """Prints which kernels were chosen, threads, caches, torch, and CUDA or why there is none."""
+    for name, value in config().items():
+        print(f"{name:27} {value}")

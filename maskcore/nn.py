@@ -1,0 +1,192 @@
+"""Layers: parameters and running statistics; the arithmetic is in :mod:`maskcore.ops`.
+
+All are ordinary ``torch.nn.Module`` objects with Keras' semantics: glorot-uniform weights and zero biases,
+batch-normalisation epsilon 1e-3 and decay 0.99. Images are ``[N, C, H, W]`` in channels_last memory.
+``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does not know :class:`ConvBNReLU`: in a distributed run each
+process normalises with the statistics of its own batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from maskcore import ops
+
+
+def glorot_uniform_(weight: Tensor, generator: torch.Generator | None = None) -> None:
+    """Fills a filter ``[K, C, R, S]`` or a matrix ``[K, C]`` in place from U(-a, a), a = sqrt(6 / (fan_in + fan_out)).
+
+    Glorot & Bengio 2010; Keras' default. The fans of a convolution count its R S taps.
+    """
+    taps = math.prod(weight.shape[2:])
+    limit = math.sqrt(6 / ((weight.shape[0] + weight.shape[1]) * taps))
+    with torch.no_grad():
+        weight.uniform_(-limit, limit, generator=generator)
+
+
+class _Weighted(torch.nn.Module):
+    """A layer with a weight and a bias."""
+
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter
+
+    def _create(self, outputs: int, inputs: int, *taps: int) -> None:
+        if outputs < 1 or inputs < 1:
+            raise ValueError(f"a layer needs at least one input and one output, not {inputs} and {outputs}")
+        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, *taps))
+        self.bias = torch.nn.Parameter(torch.empty(outputs))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws new glorot-uniform weights and zeroes the bias."""
+        glorot_uniform_(self.weight, generator)
+        torch.nn.init.zeros_(self.bias)
+
+
+class _Conv(_Weighted):
+    """A 3x3 stride-1 convolution's parameters."""
+
+    def __init__(self, in_channels: int, out_channels: int, padding: int = 0) -> None:
+        super().__init__()
+        if padding not in (0, 1):
+            raise ValueError(f"padding must be 0 (valid) or 1 (same), is {padding!r}")
+        self._create(out_channels, in_channels, 3, 3)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.padding = padding
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, padding={self.padding}"
+
+
+class ConvReLU(_Conv):
+    """3x3 convolution and ReLU; with ``pool`` a 2x2 max-pool is fused behind them.
+
+    x ``[N, in_channels, H, W]`` -> ``[N, out_channels, P, Q]`` with P = H + 2 padding - 2 (half of it, rounded
+    down, with ``pool``).
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, padding: int = 0, pool: bool = False
+    ) -> None:
+        super().__init__(in_channels, out_channels, padding)
+        self.pool = pool
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolve = ops.conv_relu_max_pool if self.pool else ops.conv_relu
+        return convolve(x, self.weight, self.bias, self.padding)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pool={self.pool}"
+
+
+class ConvBNReLU(_Conv):
+    """3x3 convolution, batch normalisation and ReLU.
+
+    In training mode the batch's statistics normalise, and the running ones follow:
+    ``running = momentum * running + (1 - momentum) * batch`` (Keras' meaning of momentum; PyTorch's is the
+    complement). In evaluation mode the running statistics are folded into the filter.
+
+    Args:
+        in_channels, out_channels, padding: of the convolution.
+        eps: added to the variance.
+        momentum: decay of the running statistics.
+        moving_variance: what the running variance averages: ``"unbiased"`` (M / (M - 1) times the batch's,
+            as the fused kernel of tf.keras 2 and PyTorch have it) or ``"biased"`` (Keras 3).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        padding: int = 0,
+        eps: float = 1e-3,
+        momentum: float = 0.99,
+        moving_variance: Literal["unbiased", "biased"] = "unbiased",
+    ) -> None:
+        super().__init__(in_channels, out_channels, padding)
+        if moving_variance not in ("unbiased", "biased"):
+            raise ValueError(
+                f"moving_variance must be 'unbiased' or 'biased', is {moving_variance!r}"
+            )
+        self.eps = eps
+        self.momentum = momentum
+        self.moving_variance = moving_variance
+        self.gamma = torch.nn.Parameter(torch.empty(out_channels))
+        self.beta = torch.nn.Parameter(torch.empty(out_channels))
+        self.register_buffer("running_mean", torch.empty(out_channels))
+        self.register_buffer("running_var", torch.empty(out_channels))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        super().reset_parameters(generator)
+        for tensor, value in (
+            (self.gamma, 1.0),
+            (self.beta, 0.0),
+            (self.running_mean, 0.0),
+            (self.running_var, 1.0),
+        ):
+            torch.nn.init.constant_(tensor, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        affine = (self.weight, self.bias, self.gamma, self.beta)
+        if not self.training:
+            return ops.conv_bn_relu(
+                x, *affine, self.running_mean, self.running_var, self.eps, self.padding
+            )
+        y, mean, var = ops.conv_bn_relu_train(x, *affine, self.eps, self.padding)
+        self._follow(mean, var, y.shape[0] * y.shape[2] * y.shape[3])
+        return y
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, var: Tensor, pixels: int) -> None:
+        if self.moving_variance == "unbiased":
+            var = var * (pixels / max(pixels - 1, 1))
+        self.running_mean.lerp_(mean, 1 - self.momentum)
+        self.running_var.lerp_(var, 1 - self.momentum)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, eps={self.eps}, momentum={self.momentum}"
+
+
+class MaxPool2d(torch.nn.Module):
+    """2x2 max-pooling with stride 2, an odd last row or column dropped: ``[N, C, H // 2, W // 2]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.max_pool(x)
+
+
+class Dense(_Weighted):
+    """Fully connected layer ``[N, in_features] -> [N, out_features]``, with ReLU if asked for."""
+
+    def __init__(self, in_features: int, out_features: int, relu: bool = False) -> None:
+        super().__init__()
+        self._create(out_features, in_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.relu = relu
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.dense(x, self.weight, self.bias, self.relu)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, relu={self.relu}"
+
+
+class Dropout(torch.nn.Dropout):
+    """Zeroes each value with probability p in training and scales the rest by 1 / (1 - p), as Keras does."""
+
+
+class Flatten(torch.nn.Module):
+    """``[N, C, H, W] -> [N, H W C]``, in Keras' order: channels vary fastest. A view in channels_last memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).flatten(1)

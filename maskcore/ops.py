@@ -1,0 +1,479 @@
+"""Operators: one function each, its plain-torch reference right under it, then shape inference and gradient.
+
+Tensors here are what ``torch.nn`` uses: images ``[N, C, H, W]`` (kept in ``channels_last`` memory),
+filters ``[K, C, 3, 3]``, all float32. The kernels see the same memory as contiguous ``[N, H, W, C]``;
+going from one to the other is a view. Every ``*_reference`` has the signature of the function above it,
+works in any floating dtype and on any device, and is what the tests hold the kernel against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskcore import _library
+
+_library.load()
+
+_ops = torch.ops.maskcore
+_fake = torch.library.register_fake
+_autograd = torch.library.register_autograd
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    """``[N, C, H, W]`` -> contiguous ``[N, H, W, C]``; a view where x is channels_last already."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _check_image(x: Tensor, name: str = "x") -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be a batch of images [N, C, H, W], has {x.dim()} dimensions")
+    if x.dtype != torch.float32:
+        raise TypeError(f"{name} must be float32, is {x.dtype}")
+
+
+def _output_size(H: int, W: int, padding: int) -> tuple[int, int]:
+    return H + 2 * padding - 2, W + 2 * padding - 2
+
+
+# ---- conv_relu -----------------------------------------------------------------------------------
+
+
+def conv_relu(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tensor:
+    """3x3 stride-1 convolution, bias and ReLU in one pass.
+
+    Args:
+        x: ``[N, C, H, W]`` float32, channels_last for speed.
+        weight: ``[K, C, 3, 3]``, as ``torch.nn.Conv2d`` keeps it.
+        bias: ``[K]``.
+        padding: 0 (Keras' ``valid``) or 1 (``same``), filled with zeros.
+
+    Returns:
+        ``[N, K, H + 2 padding - 2, W + 2 padding - 2]``, channels_last. NaN stays NaN.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: an argument, which the message names, has a wrong shape or dtype.
+    """
+    _check_image(x)
+    return _nchw(_ops.conv_relu(_nhwc(x), weight.contiguous(), bias, padding))
+
+
+def conv_relu_reference(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tensor:
+    return F.relu(F.conv2d(x, weight, bias, padding=padding))
+
+
+@_fake("maskcore::conv_relu")
+def _(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    P, Q = _output_size(x.shape[1], x.shape[2], padding)
+    return x.new_empty(x.shape[0], P, Q, weight.shape[0])
+
+
+@_fake("maskcore::_conv_relu_backward")
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, y: Tensor, padding: int, need_dx: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_conv_gradients(x, weight, need_dx)
+
+
+def _fake_conv_gradients(x: Tensor, weight: Tensor, need_dx: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape[0] if need_dx else 0, *x.shape[1:])
+    return dx, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+def _conv_relu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.padding = inputs
+    ctx.save_for_backward(x, weight, output)
+
+
+def _conv_relu_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, y = ctx.saved_tensors
+    need_dx = ctx.needs_input_grad[0]
+    dx, dweight, dbias = _ops._conv_relu_backward(
+        dy.contiguous(), x, weight, y, ctx.padding, need_dx
+    )
+    return dx if need_dx else None, dweight, dbias, None
+
+
+_autograd("maskcore::conv_relu", _conv_relu_backward, setup_context=_conv_relu_setup)
+
+
+# ---- conv_relu_max_pool --------------------------------------------------------------------------
+
+
+def conv_relu_max_pool(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tensor:
+    """:func:`conv_relu` followed by :func:`max_pool`; the full-size image is never stored.
+
+    Arguments and errors as for :func:`conv_relu`. Returns ``[N, K, P // 2, Q // 2]`` for a convolution
+    that gives ``[N, K, P, Q]``.
+    """
+    _check_image(x)
+    y, _ = _ops.conv_relu_max_pool(_nhwc(x), weight.contiguous(), bias, padding)
+    return _nchw(y)
+
+
+def conv_relu_max_pool_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0
+) -> Tensor:
+    return F.max_pool2d(conv_relu_reference(x, weight, bias, padding), 2)
+
+
+@_fake("maskcore::conv_relu_max_pool")
+def _(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+    P, Q = _output_size(x.shape[1], x.shape[2], padding)
+    y = x.new_empty(x.shape[0], P // 2, Q // 2, weight.shape[0])
+    return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+@_fake("maskcore::_conv_relu_max_pool_backward")
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    argmax: Tensor,
+    padding: int,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_conv_gradients(x, weight, need_dx)
+
+
+def _conv_relu_max_pool_setup(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
+    x, weight, _, ctx.padding = inputs
+    y, argmax = output
+    ctx.mark_non_differentiable(argmax)
+    ctx.save_for_backward(x, weight, y, argmax)
+
+
+def _conv_relu_max_pool_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, y, argmax = ctx.saved_tensors
+    need_dx = ctx.needs_input_grad[0]
+    dx, dweight, dbias = _ops._conv_relu_max_pool_backward(
+        dy.contiguous(), x, weight, y, argmax, ctx.padding, need_dx
+    )
+    return dx if need_dx else None, dweight, dbias, None
+
+
+_autograd(
+    "maskcore::conv_relu_max_pool",
+    _conv_relu_max_pool_backward,
+    setup_context=_conv_relu_max_pool_setup,
+)
+
+
+# ---- conv_bn_relu --------------------------------------------------------------------------------
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float = 1e-3,
+    padding: int = 0,
+) -> Tensor:
+    """Convolution, batch normalisation with given statistics, ReLU: the inference form.
+
+    The normalisation is folded into the filter and the bias, so this costs what :func:`conv_relu` does:
+    ``scale = gamma / sqrt(var + eps)``, ``weight' = scale weight``, ``bias' = beta + scale (bias - mean)``.
+
+    Args:
+        x, weight, bias, padding: as for :func:`conv_relu`.
+        gamma, beta, mean, var: ``[K]``.
+        eps: added to the variance; 1e-3 is Keras' default.
+    """
+    scale = gamma * torch.rsqrt(var + eps)
+    folded = beta + scale * (bias - mean)
+    return conv_relu(x, weight * scale[:, None, None, None], folded, padding)
+
+
+def conv_bn_relu_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float = 1e-3,
+    padding: int = 0,
+) -> Tensor:
+    z = F.conv2d(x, weight, bias, padding=padding)
+    return F.relu(F.batch_norm(z, mean, var, gamma, beta, training=False, eps=eps))
+
+
+# ---- conv_bn_relu_train --------------------------------------------------------------------------
+
+
+def conv_bn_relu_train(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float = 1e-3,
+    padding: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolution, batch normalisation with the batch's own statistics, ReLU: the training form.
+
+    Arguments as for :func:`conv_bn_relu`. Returns ``(y, mean, var)``: the activation ``[N, K, P, Q]`` and
+    the statistics ``[K]`` of the convolution's output, ``var`` biased (divided by N P Q). The statistics
+    carry no gradient; a layer keeps its running averages with them. The bias does not reach the output
+    (the mean takes it away), so its gradient is exactly zero.
+    """
+    _check_image(x)
+    y, _, mean, var = _ops.conv_bn_relu_train(
+        _nhwc(x), weight.contiguous(), bias, gamma, beta, eps, padding
+    )
+    return _nchw(y), mean, var
+
+
+def conv_bn_relu_train_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float = 1e-3,
+    padding: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = F.conv2d(x, weight, bias, padding=padding)
+    y = F.relu(F.batch_norm(z, None, None, gamma, beta, training=True, eps=eps))
+    var, mean = torch.var_mean(z.detach(), dim=(0, 2, 3), correction=0)
+    return y, mean, var
+
+
+@_fake("maskcore::conv_bn_relu_train")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, padding: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    P, Q = _output_size(x.shape[1], x.shape[2], padding)
+    y = x.new_empty(x.shape[0], P, Q, weight.shape[0])
+    return y, torch.empty_like(y), x.new_empty(weight.shape[0]), x.new_empty(weight.shape[0])
+
+
+@_fake("maskcore::_conv_bn_relu_train_backward")
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    padding: int,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dweight, dchannel = _fake_conv_gradients(x, weight, need_dx)
+    return dx, dweight, dchannel, torch.empty_like(dchannel)
+
+
+def _conv_bn_relu_train_setup(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> None:
+    x, weight, bias, gamma, beta, ctx.eps, ctx.padding = inputs
+    _, z, mean, var = output
+    ctx.mark_non_differentiable(z, mean, var)
+    ctx.save_for_backward(x, weight, bias, z, gamma, beta, mean, var)
+
+
+def _conv_bn_relu_train_backward(
+    ctx: Any, dy: Tensor, *_statistics: Tensor
+) -> tuple[Tensor | None, ...]:
+    x, weight, bias, z, gamma, beta, mean, var = ctx.saved_tensors
+    need_dx = ctx.needs_input_grad[0]
+    dx, dweight, dgamma, dbeta = _ops._conv_bn_relu_train_backward(
+        dy.contiguous(), x, weight, z, gamma, beta, mean, var, ctx.eps, ctx.padding, need_dx
+    )
+    dbias = torch.zeros_like(bias)
+    return dx if need_dx else None, dweight, dbias, dgamma, dbeta, None, None
+
+
+_autograd(
+    "maskcore::conv_bn_relu_train",
+    _conv_bn_relu_train_backward,
+    setup_context=_conv_bn_relu_train_setup,
+)
+
+
+# ---- max_pool ------------------------------------------------------------------------------------
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """2x2 max-pooling with stride 2; an odd last row or column is dropped (Keras' ``valid``).
+
+    x ``[N, C, H, W]`` float32 -> ``[N, C, H // 2, W // 2]``, channels_last. The gradient goes to the first
+    maximum of a window, as in Keras and PyTorch; NaN wins over any number.
+    """
+    _check_image(x)
+    y, _ = _ops.max_pool(_nhwc(x))
+    return _nchw(y)
+
+
+def max_pool_reference(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 2)
+
+
+@_fake("maskcore::max_pool")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], x.shape[1] // 2, x.shape[2] // 2, x.shape[3])
+    return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+@_fake("maskcore::_max_pool_backward")
+def _(dy: Tensor, argmax: Tensor, H: int, W: int) -> Tensor:
+    return dy.new_empty(dy.shape[0], H, W, dy.shape[3])
+
+
+def _max_pool_setup(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    _, ctx.H, ctx.W, _ = inputs[0].shape
+    _, argmax = output
+    ctx.mark_non_differentiable(argmax)
+    ctx.save_for_backward(argmax)
+
+
+def _max_pool_backward(ctx: Any, dy: Tensor, _: Tensor) -> Tensor:
+    (argmax,) = ctx.saved_tensors
+    return _ops._max_pool_backward(dy.contiguous(), argmax, ctx.H, ctx.W)
+
+
+_autograd("maskcore::max_pool", _max_pool_backward, setup_context=_max_pool_setup)
+
+
+# ---- dense ---------------------------------------------------------------------------------------
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
+    """Fully connected layer: ``x weight^T + bias``, then ReLU if asked for.
+
+    x ``[N, C]``, weight ``[K, C]``, bias ``[K]``. PyTorch's matrix product is used as it is: at batch 8 it
+    runs at the speed of the memory that the weights come from.
+    """
+    y = F.linear(x, weight, bias)
+    return F.relu(y) if relu else y
+
+
+# ---- softmax_cross_entropy -----------------------------------------------------------------------
+
+
+def softmax_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over the batch of the categorical cross-entropy of ``softmax(logits)``.
+
+    Args:
+        logits: ``[N, classes]`` float32.
+        target: ``[N]`` int64, class codes.
+
+    Returns:
+        A scalar, in nats. Stable for any finite logits (the largest is subtracted first).
+    """
+    loss, _ = _ops.softmax_cross_entropy(logits.contiguous(), target)
+    return loss
+
+
+def softmax_cross_entropy_reference(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target)
+
+
+@_fake("maskcore::softmax_cross_entropy")
+def _(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(()), logits.new_empty(logits.shape)
+
+
+@_fake("maskcore::_softmax_cross_entropy_backward")
+def _(dloss: Tensor, probabilities: Tensor, target: Tensor) -> Tensor:
+    return probabilities.new_empty(probabilities.shape)
+
+
+def _softmax_cross_entropy_setup(
+    ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]
+) -> None:
+    _, target = inputs
+    _, probabilities = output
+    ctx.mark_non_differentiable(probabilities)
+    ctx.save_for_backward(probabilities, target)
+
+
+def _softmax_cross_entropy_backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    probabilities, target = ctx.saved_tensors
+    return _ops._softmax_cross_entropy_backward(dloss, probabilities, target), None
+
+
+_autograd(
+    "maskcore::softmax_cross_entropy",
+    _softmax_cross_entropy_backward,
+    setup_context=_softmax_cross_entropy_setup,
+)
+
+
+# ---- adam_ ---------------------------------------------------------------------------------------
+
+
+def adam_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    l2: float,
+    step: int,
+    keras_epsilon: bool,
+) -> None:
+    """One step of Adam (Kingma & Ba 2015) on all tensors, in place and in one pass over memory.
+
+    The gradient gets ``2 l2 p`` first: the penalty ``l2 sum(p^2)`` as a Keras regulariser adds it to the
+    loss. ``keras_epsilon`` adds eps outside the bias correction ("epsilon hat", as
+    ``keras.optimizers.Adam`` does), else inside it (as ``torch.optim.Adam`` does). ``step`` counts from 1.
+    Tensors are float32 and contiguous; ``gradients``, ``exp_avgs`` and ``exp_avg_sqs`` match ``parameters``.
+    """
+    arguments = (list(parameters), list(gradients), list(exp_avgs), list(exp_avg_sqs))
+    _ops.adam_(*arguments, lr, beta1, beta2, eps, l2, step, keras_epsilon)
+
+
+def adam_reference(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    l2: float,
+    step: int,
+    keras_epsilon: bool,
+) -> None:
+    correction1, correction2 = 1 - beta1**step, (1 - beta2**step) ** 0.5
+    for p, g, m, v in zip(parameters, gradients, exp_avgs, exp_avg_sqs, strict=True):
+        g = g + 2 * l2 * p
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        if keras_epsilon:
+            p.sub_(lr * correction2 / correction1 * m / (v.sqrt() + eps))
+        else:
+            p.sub_(lr / correction1 * m / (v.sqrt() / correction2 + eps))
+
+
+@_fake("maskcore::adam_")
+def _(*_arguments: Any) -> None:
+    return None
+
+

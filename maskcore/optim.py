@@ -1,0 +1,106 @@
+"""Adam with an L2 penalty, one fused operator a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, overload
+
+import torch
+
+from maskcore import ops
+
+
+class Adam(torch.optim.Optimizer):
+    """Adam (Kingma & Ba 2015), in place over all parameters of a group in one operator.
+
+    Args:
+        params: parameters, or groups of them; a group may have its own ``lr``, ``betas``, ``eps``, ``l2``
+            and ``epsilon``.
+        lr: step size.
+        betas: decay of the two moments.
+        eps: 1e-7 is Keras' default (PyTorch's is 1e-8).
+        l2: the Keras penalty ``l2 * sum(w^2)`` in the loss: the gradient gets ``2 * l2 * w``, through both
+            moments. ``torch.optim.Adam(weight_decay=2 * l2)`` is the same; AdamW is not.
+        epsilon: ``"keras"`` adds eps to the uncorrected ``sqrt(v)``
+            (``keras.optimizers.Adam``: ``p -= lr sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps)``);
+            ``"torch"`` adds it after the bias correction, as ``torch.optim.Adam`` does.
+
+    Parameters must be float32 and dense (any memory format). A parameter without a gradient is left as it is.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-7,
+        l2: float = 0.0,
+        epsilon: Literal["keras", "torch"] = "keras",
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "l2": l2, "epsilon": epsilon})
+        for group in self.param_groups:
+            _check(group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        # Parameters that joined late have a step count of their own: one call for each count.
+        by_step: dict[int, list[torch.Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise RuntimeError("maskcore.optim.Adam does not take sparse gradients")
+            state = self.state[p]
+            if not state:
+                state["step"] = 0
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+            state["step"] += 1
+            by_step.setdefault(state["step"], []).append(p)
+        beta1, beta2 = group["betas"]
+        for step, parameters in by_step.items():
+            ops.adam_(
+                parameters,
+                [_laid_out_as(p, p.grad) for p in parameters if p.grad is not None],
+                [self.state[p]["exp_avg"] for p in parameters],
+                [self.state[p]["exp_avg_sq"] for p in parameters],
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                l2=group["l2"],
+                step=step,
+                keras_epsilon=group["epsilon"] == "keras",
+            )
+
+
+def _laid_out_as(p: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient in p's memory layout: the kernel walks all four arrays in the order they lie in."""
+    return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
+
+
+def _check(group: dict[str, Any]) -> None:
+    if not group["lr"] >= 0:
+        raise ValueError(f"lr must not be negative, is {group['lr']}")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas must lie in [0, 1), are {group['betas']}")
+    if not group["eps"] >= 0:
+        raise ValueError(f"eps must not be negative, is {group['eps']}")
+    if not group["l2"] >= 0:
+        raise ValueError(f"l2 must not be negative, is {group['l2']}")
+    if group["epsilon"] not in ("keras", "torch"):
+        raise ValueError(f"epsilon must be 'keras' or 'torch', is {group['epsilon']!r}")
