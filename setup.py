@@ -1,36 +1,44 @@
-"""Builds the kernels: one shared object an instruction set, the CUDA object where nvcc is found, and _native.
+"""Builds the kernels: one shared object an instruction set, one for CUDA where nvcc is found, and _native.
 
 Environment:
-    MASKCORE_CUDA=0|1   leave CUDA out, or insist on it (default: built where nvcc is found)
-    TORCH_CUDA_ARCH_LIST, MAX_JOBS   as for any torch extension
+    MASKCORE_CUDA=0|1     leave CUDA out, or insist on it (default: built where nvcc is found)
+    CUDA_HOME             where the CUDA toolkit lies (default: that of the nvcc on the PATH)
+    TORCH_CUDA_ARCH_LIST  GPU generations to build for, such as "8.0;9.0+PTX"
+    MAX_JOBS              compilers that run at once
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 
-# The kernels use the stable ABI of LibTorch 2.10, so any torch from 2.10 on will do to build with. The one that
-# is installed is taken, although pip hides it from an isolated build; only without any is one downloaded.
+# The kernels use the stable ABI of LibTorch 2.10, so any torch from 2.10 on will do to build with. The one
+# that is installed is taken, although pip hides it from an isolated build; only without any is one downloaded.
 TORCH_ABI = 0x020A000000000000
 TORCH_TO_BUILD_WITH = "torch==2.13.0"
 
-# Best first; the flags are for GCC and Clang. Zen 4 and Sapphire Rapids | Skylake-X | Haswell and Zen | any.
+# Best first; the flags are for GCC and Clang. Zen 4, Sapphire Rapids | Skylake-X | Haswell, Zen | any x86-64.
 INSTRUCTION_SETS = {
     "avx512bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx2 -mfma",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma",
     "avx2": "-mavx2 -mfma",
     "baseline": "",
 }
+# Ampere | GA10x | Ada | Hopper | Blackwell | consumer Blackwell, and later ones by their drivers' compiler.
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
 WARNINGS = ["-Wall", "-Wextra"]
 # Errno and floating-point traps are not observed, which lets loops with selects and square roots vectorise;
 # NaN, infinities and the order of sums keep their meaning. A multiply and an add may fuse.
 OPTIMIZE = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+STABLE_ABI = f"-DTORCH_TARGET_VERSION={TORCH_ABI:#x}"
 
 
 def torch_is_found() -> bool:
@@ -47,76 +55,148 @@ def torch_is_found() -> bool:
     return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 
 
-def wants_cuda() -> bool:
-    from torch.utils.cpp_extension import CUDA_HOME
+def find_nvcc() -> Path | None:
+    """The compiler to build the CUDA kernels with, or None to leave them out."""
+    wanted = os.environ.get("MASKCORE_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"maskcore: MASKCORE_CUDA must be 0 or 1, is {wanted!r}")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    found = Path(home) / "bin" / "nvcc" if home else shutil.which("nvcc")
+    nvcc = Path(found).resolve() if found else None
+    if nvcc is None or not nvcc.exists():
+        if wanted == "1":
+            sys.exit("maskcore: MASKCORE_CUDA=1, but there is no nvcc: install CUDA's compiler or set CUDA_HOME")
+        return None
+    return nvcc
 
-    asked = os.environ.get("MASKCORE_CUDA", "")
-    if asked not in ("", "0", "1"):
-        sys.exit(f"maskcore: MASKCORE_CUDA must be 0 or 1, is {asked!r}")
-    has_nvcc = CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists()
-    if asked == "1" and not has_nvcc:
-        sys.exit("maskcore: MASKCORE_CUDA=1, but no nvcc was found: install the CUDA toolkit or set CUDA_HOME")
-    return has_nvcc and asked != "0"
+
+def cuda_version(nvcc: Path) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return text.partition("release ")[2].partition(",")[0]
 
 
-def kernels(name: str, sources: list[Path], flags: str) -> Extension:
-    from torch.utils import cpp_extension
+def gencode_flags() -> list[str]:
+    flags = []
+    for architecture in os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES).replace(" ", ";").split(";"):
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if architecture.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
 
-    return cpp_extension.CppExtension(
-        f"maskcore._kernels_{name}",
-        sorted(map(str, sources)),
+
+def torch_includes() -> list[str]:
+    from torch.utils.cpp_extension import include_paths
+
+    return [flag for path in include_paths() for flag in ("-isystem", path)]
+
+
+def torch_libraries() -> dict[str, list[str]]:
+    from torch.utils.cpp_extension import library_paths
+
+    return {"libraries": ["torch_cpu"], "library_dirs": library_paths()}
+
+
+def compile_cuda(nvcc: Path, source: Path, folder: Path) -> str:
+    """Compiles one .cu file and returns its object. torch's own nvcc rules refuse a torch without CUDA."""
+    built = folder / f"{source.stem}.o"
+    newest = max(path.stat().st_mtime for path in (source, *Path("csrc").glob("*.h")))
+    if built.exists() and built.stat().st_mtime > newest:
+        return str(built)
+    subprocess.run(
+        [nvcc, "-std=c++20", "-O3", "--Werror", "all-warnings", "--threads", "2"]
+        + ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA", STABLE_ABI]
+        + [*torch_includes(), *gencode_flags(), "-c", source, "-o", built],
+        check=True,
+    )
+    return str(built)
+
+
+def link_cuda(nvcc: Path, objects: list[str], library: Path) -> None:
+    """The runtime is linked in; torch's CUDA symbols are found at load time, beside a torch that has them."""
+    torch = torch_libraries()
+    folders = [f"-L{folder}" for folder in torch["library_dirs"]]
+    names = [f"-l{name}" for name in torch["libraries"]]
+    subprocess.run([nvcc, "-shared", "-cudart", "static", *objects, *folders, *names, "-o", library], check=True)
+
+
+def cpu_kernels(isa: str, flags: str) -> Extension:
+    return Extension(
+        f"maskcore._kernels_{isa}",
+        ["csrc/ops.cpp", *sorted(map(str, Path("csrc").glob("*_cpu.cpp")))],
         depends=sorted(map(str, Path("csrc").glob("*.h"))),
+        language="c++",
         extra_compile_args=[
+            "-std=c++20",
             *OPTIMIZE,
             *WARNINGS,
             *flags.split(),
             "-fvisibility=hidden",
-            f"-DTORCH_TARGET_VERSION={TORCH_ABI:#x}",
+            STABLE_ABI,
+            *torch_includes(),
         ],
-        libraries=["torch_cpu"],
-        no_python_abi_suffix=True,
+        **torch_libraries(),
     )
 
 
-def extensions() -> list[Extension]:
+def cuda_kernels() -> Extension:
+    """Compiled and linked by Build.build_cuda: torch's build commands must not see the .cu files."""
+    return Extension("maskcore._kernels_cuda", [], depends=sorted(map(str, Path("csrc").glob("*_cuda.cu"))))
+
+
+def native() -> Extension:
     import pybind11
 
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    isas = INSTRUCTION_SETS if x86 else {"baseline": ""}
-    cpu_sources = [Path("csrc/ops.cpp"), *Path("csrc").glob("*_cpu.cpp")]
-    native = Extension(
+    return Extension(
         "maskcore._native",
         ["csrc/native.cpp"],
         include_dirs=[pybind11.get_include()],
         language="c++",
         extra_compile_args=["-std=c++20", *OPTIMIZE, *WARNINGS, "-fvisibility=hidden"],
     )
-    return [native, *(kernels(name, cpu_sources, flags) for name, flags in isas.items())]
 
 
-def build_commands() -> dict[str, type]:
+def build() -> None:
     import torch
     from torch.utils.cpp_extension import BuildExtension
 
-    class Build(BuildExtension):
-        """Keeps the objects of each extension apart: they come from the same sources."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    isas = INSTRUCTION_SETS if x86 else {"baseline": ""}
+    nvcc = find_nvcc()
+    extensions = [native(), *(cpu_kernels(isa, flags) for isa, flags in isas.items())]
+    if nvcc is not None:
+        extensions.append(cuda_kernels())
 
+    class Build(BuildExtension):  # type: ignore[misc]
         def run(self) -> None:
-            isas = ", ".join(e.name.split("_kernels_")[1] for e in self.extensions if "_kernels_" in e.name)
-            print(f"maskcore: building for {isas}; CPU only; with torch {torch.__version__}", file=sys.stderr)
+            cuda = f"CUDA {cuda_version(nvcc)}" if nvcc else "no CUDA"
+            built_for = f"{', '.join(isas)}; {cuda}; against torch {torch.__version__}"
+            print(f"maskcore: building for {built_for}", file=sys.stderr, flush=True)
             super().run()
 
         def build_extension(self, ext: Extension) -> None:
+            # The extensions share their sources: each gets a folder of objects of its own.
             shared, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)
             Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-            super().build_extension(ext)
+            if nvcc is not None and ext.name == "maskcore._kernels_cuda":
+                self.build_cuda(nvcc, ext)
+            else:
+                super().build_extension(ext)
             self.build_temp = shared
 
-    return {"build_ext": Build.with_options(use_ninja=True)}
+        def build_cuda(self, nvcc: Path, ext: Extension) -> None:
+            objects = [compile_cuda(nvcc, Path(source), Path(self.build_temp)) for source in ext.depends]
+            library = Path(self.get_ext_fullpath(ext.name))
+            library.parent.mkdir(parents=True, exist_ok=True)
+            link_cuda(nvcc, objects, library)
+
+    setup(ext_modules=extensions, cmdclass={"build_ext": Build})
 
 
 if torch_is_found():
-    setup(ext_modules=extensions(), cmdclass=build_commands())
+    build()
 else:
-    # pip asks a first time what a build needs; it runs this file again when that is installed.
+    # pip asks a first time what a build needs, and runs this file again when that is installed.
     setup(setup_requires=[TORCH_TO_BUILD_WITH])

@@ -34,18 +34,18 @@ struct Affine {
 
 /// row [Q][K] -> sum [K] and squares [K] = sum over the row of (z - row mean)^2
 void row_statistics(const float* row, int64_t Q, int64_t K, float* sum, float* squares) {
-  std::fill(sum, sum + K, 0.0f);
-  std::fill(squares, squares + K, 0.0f);
-  for (int64_t q = 0; q < Q; ++q) {
-    for (int64_t k = 0; k < K; ++k) sum[k] += row[q * K + k];
-  }
   const float inv_Q = 1.0f / static_cast<float>(Q);
-  for (int64_t q = 0; q < Q; ++q) {
-    for (int64_t k = 0; k < K; ++k) {
-      const float d = row[q * K + k] - sum[k] * inv_Q;
-      squares[k] += d * d;
+  for_each_vector(K, [&](int64_t k, auto lanes) {
+    Vec total{};
+    for (int64_t q = 0; q < Q; ++q) total += load(row + q * K + k, lanes);
+    Vec total_squares{};
+    for (int64_t q = 0; q < Q; ++q) {
+      const Vec d = load(row + q * K + k, lanes) - total * inv_Q;
+      total_squares += d * d;
     }
-  }
+    store(sum + k, total, lanes);
+    store(squares + k, total_squares, lanes);
+  });
 }
 
 /// statistics [rows][2][K] of rows of Q pixels -> mean [K], biased var [K]
@@ -102,13 +102,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_cpu(const Tensor& 
   float* var_data = var.mutable_data_ptr<float>();
   merge_statistics(statistics, rows, s.Q, s.K, mean_data, var_data);
   const Affine affine(s.K, gamma.const_data_ptr<float>(), beta.const_data_ptr<float>(), mean_data, var_data, eps);
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  const float *scale = affine.scale.data(), *shift = affine.shift.data();
+  torch::stable::parallel_for(0, rows, 1, [=](int64_t begin, int64_t end) {
     for (int64_t pixel = begin * s.Q; pixel < end * s.Q; ++pixel) {
       const float* z_pixel = z_data + pixel * s.K;
       float* y_pixel = y_data + pixel * s.K;
-      for (int64_t k = 0; k < s.K; ++k) {
-        y_pixel[k] = relu(affine.scale[static_cast<size_t>(k)] * z_pixel[k] + affine.shift[static_cast<size_t>(k)]);
-      }
+      for_each_vector(s.K, [&](int64_t k, auto lanes) {
+        store(y_pixel + k, relu(load(scale + k, lanes) * load(z_pixel + k, lanes) + load(shift + k, lanes)), lanes);
+      });
     }
   });
   return {y, z, mean, var};
@@ -122,15 +123,18 @@ void gradient_sums(const float* dy, const float* z, const Affine& affine, const 
     for (int64_t row = begin; row < end; ++row) {
       float* sum_g = sums + row * 2 * K;
       float* sum_gz = sum_g + K;
-      std::fill(sum_g, sum_g + 2 * K, 0.0f);
-      for (int64_t pixel = row * Q; pixel < (row + 1) * Q; ++pixel) {
-        for (int64_t k = 0; k < K; ++k) {
-          const float z_k = z[pixel * K + k];
-          const float g = scale[k] * z_k + shift[k] <= 0.0f ? 0.0f : dy[pixel * K + k];
-          sum_g[k] += g;
-          sum_gz[k] += g * (z_k - mean[k]);
+      for_each_vector(K, [&](int64_t k, auto lanes) {
+        const Vec a = load(scale + k, lanes), b = load(shift + k, lanes), m = load(mean + k, lanes);
+        Vec total_g{}, total_gz{};
+        for (int64_t pixel = row * Q; pixel < (row + 1) * Q; ++pixel) {
+          const Vec z_k = load(z + pixel * K + k, lanes);
+          const Vec g = relu_gradient(load(dy + pixel * K + k, lanes), a * z_k + b);
+          total_g += g;
+          total_gz += g * (z_k - m);
         }
-      }
+        store(sum_g + k, total_g, lanes);
+        store(sum_gz + k, total_gz, lanes);
+      });
     }
   });
 }

@@ -11,6 +11,9 @@
 
 namespace maskcore {
 
+/// dy where y > 0, else 0: the gradient in front of a ReLU whose output (or input) is y.
+inline Vec relu_gradient(Vec dy, Vec y) { return y <= 0.0f ? Vec{} : dy; }
+
 /// A tensor as it lies in memory.
 struct Activation {
   const float* x;  // [N,H,W,C]
@@ -22,7 +25,7 @@ struct Activation {
   }
 };
 
-/// g = dy where y > 0, else 0: the gradient in front of a ReLU whose output is y.
+/// The gradient in front of a ReLU whose output is y.
 struct ReluGradient {
   const float* dy;  // [N,H,W,C]
   const float* y;   // [N,H,W,C]
@@ -30,7 +33,9 @@ struct ReluGradient {
 
   void load_row(int64_t n, int64_t h, float* out) const {
     const int64_t offset = (n * H + h) * W * C;
-    for (int64_t i = 0; i < W * C; ++i) out[i] = y[offset + i] <= 0.0f ? 0.0f : dy[offset + i];
+    for_each_vector(W * C, [&](int64_t i, auto lanes) {
+      store(out + i, relu_gradient(load(dy + offset + i, lanes), load(y + offset + i, lanes)), lanes);
+    });
   }
 };
 
@@ -47,16 +52,17 @@ struct PooledReluGradient {
       std::fill(out, out + W * C, 0.0f);
       return;
     }
-    const int64_t first = (h % 2) * 2;
+    const int32_t first = h % 2 == 0 ? 0 : 2;
     for (int64_t q = 0; q < Q; ++q) {
       const int64_t offset = ((n * P + h / 2) * Q + q) * C;
       float* left = out + 2 * q * C;
       float* right = left + C;
-      for (int64_t c = 0; c < C; ++c) {
-        const float g = y[offset + c] <= 0.0f ? 0.0f : dy[offset + c];
-        left[c] = argmax[offset + c] == first ? g : 0.0f;
-        right[c] = argmax[offset + c] == first + 1 ? g : 0.0f;
-      }
+      for_each_vector(C, [&](int64_t c, auto lanes) {
+        const Vec g = relu_gradient(load(dy + offset + c, lanes), load(y + offset + c, lanes));
+        const Mask place = load_bytes(argmax + offset + c, lanes);
+        store(left + c, place == first ? g : Vec{}, lanes);
+        store(right + c, place == first + 1 ? g : Vec{}, lanes);
+      });
     }
     std::fill(out + 2 * Q * C, out + W * C, 0.0f);
   }
@@ -80,10 +86,12 @@ struct BatchNormReluGradient {
       const float* dy_w = dy + offset + w * C;
       const float* z_w = z + offset + w * C;
       float* out_w = out + w * C;
-      for (int64_t c = 0; c < C; ++c) {
-        const float g = scale[c] * z_w[c] + shift[c] <= 0.0f ? 0.0f : dy_w[c];
-        out_w[c] = scale[c] * (g - mean_g[c] - (z_w[c] - mean[c]) * slope[c]);
-      }
+      for_each_vector(C, [&](int64_t c, auto lanes) {
+        const Vec a = load(scale + c, lanes), z_c = load(z_w + c, lanes);
+        const Vec g = relu_gradient(load(dy_w + c, lanes), a * z_c + load(shift + c, lanes));
+        const Vec centred = g - load(mean_g + c, lanes) - (z_c - load(mean + c, lanes)) * load(slope + c, lanes);
+        store(out_w + c, a * centred, lanes);
+      });
     }
   }
 };

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace maskcore {
 
@@ -27,6 +28,8 @@ inline constexpr int kTileRows = kVectorBytes == 64 ? 12 : 6;
 
 // Unaligned and aliasing, so that *(Vec*)pointer is a plain vector load or store.
 typedef float Vec __attribute__((vector_size(kVectorBytes), aligned(alignof(float)), may_alias));
+typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));  // of a comparison: lanes 0 or -1
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
@@ -49,6 +52,23 @@ inline void store(float* p, Vec v, int64_t lanes) {
 
 /// max(v, 0); NaN stays NaN, as torch.relu has it.
 inline Vec relu(Vec v) { return v <= 0.0f ? Vec{} : v; }
-inline float relu(float x) { return x <= 0.0f ? 0.0f : x; }
+
+inline Mask load_bytes(const uint8_t* p, int64_t lanes) {
+  Bytes bytes{};
+  std::memcpy(&bytes, p, static_cast<size_t>(lanes));
+  return __builtin_convertvector(bytes, Mask);
+}
+inline void store_bytes(uint8_t* p, Mask v, int64_t lanes) {
+  const Bytes bytes = __builtin_convertvector(v, Bytes);
+  std::memcpy(p, &bytes, static_cast<size_t>(lanes));
+}
+
+/// f(i, lanes) for i = 0, kLanes, 2 kLanes .. below n; lanes is the constant kLanes but in the tail.
+template <class F>
+inline void for_each_vector(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, std::integral_constant<int64_t, kLanes>());
+  if (i < n) f(i, n - i);
+}
 
 }  // namespace maskcore

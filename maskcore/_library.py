@@ -45,11 +45,18 @@ def load() -> str:
     """Loads the kernels once and returns the instruction set they were compiled for."""
     isa = _choose()
     torch.ops.load_library(str(_built()[isa]))
+    if torch.cuda.is_available():
+        for path in _cuda_objects():
+            torch.ops.load_library(str(path))
     return isa
 
 
+def _cuda_objects() -> list[Path]:
+    return list(Path(__file__).parent.glob("_kernels_cuda.*"))
+
+
 def _cuda_state() -> str:
-    if not any(Path(__file__).parent.glob("_kernels_cuda*.so")):
+    if not _cuda_objects():
         return "not built (no nvcc was found, or MASKCORE_CUDA=0)"
     if torch.version.cuda is None:
         return "built, but this torch has no CUDA"

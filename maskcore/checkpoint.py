@@ -190,7 +190,8 @@ def _digest(part: str, tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         if name.startswith(part + "."):
             digest.update(name.encode())
-            digest.update(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()))
+            array: Any = tensors[name].reshape(-1).view(torch.uint8).numpy()
+            digest.update(array)
     return digest.hexdigest()
 
 

@@ -14,11 +14,11 @@ import numpy as np
 from maskcore import commandline, data, figures, machine
 from maskcore.checkpoint import Meta, load_model, locate
 from maskcore.errors import UserError
+from maskcore.pictures import name_in, picture_root, split_pictures, write_skipped
 from maskcore.predict import Classified, classify
 from maskcore.progress import Progress
 from maskcore.runfolder import write_csv, write_json
 from maskcore.settings import Config
-from maskcore.train import picture_root, split_pictures
 
 WORST = 30  # mistakes on the contact sheet
 
@@ -218,10 +218,7 @@ class _Evaluation:
 
     def name(self, result: Classified) -> str:
         """A picture's path in the data folder."""
-        try:
-            return result.path.relative_to(self.found.root).as_posix()
-        except ValueError:
-            return str(result.path)
+        return name_in(self.found.root, result.path)
 
     def tell(self) -> None:
         """Prints the figures."""
@@ -246,7 +243,7 @@ class _Evaluation:
             f"{m.f1.mean():6.4f}  {m.support.sum():8d}"
         )
         print("\nconfusion matrix, rows true, columns predicted")
-        columns = max(8, *(len(str(v)) + 2 for v in m.matrix.flat))
+        columns = min(16, max(8, *(len(str(cell)) + 2 for cell in (*m.matrix.flat, *classes))))
         print(" " * width + "".join(f"{_short(name, columns):>{columns}}" for name in classes))
         for name, row in zip(classes, m.matrix, strict=True):
             print(f"{name:<{width}}" + "".join(f"{count:{columns}d}" for count in row))
@@ -265,11 +262,7 @@ class _Evaluation:
             ("file", "true", "predicted", "probability"),
             ((self.name(r), classes[t], classes[p], f"{q:.6f}") for r, t, p, q in mistakes),
         )
-        write_csv(
-            folder / "skipped.csv",
-            ("file", "reason"),
-            ((str(skipped.path), skipped.reason) for skipped in self.skipped),
-        )
+        write_skipped(folder / "skipped.csv", self.skipped)
         self._draw(folder, mistakes)
 
     def _draw(self, folder: Path, mistakes: list[tuple[Classified, int, int, float]]) -> None:

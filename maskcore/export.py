@@ -65,7 +65,7 @@ def export_torch(network: models.Network, meta: Meta, path: Path) -> float:
     batch = torch.export.Dim("batch", min=1)
     with _quiet():
         program = torch.export.export(
-            _Classifier(network).eval(), (_samples(network, 2),), dynamic_shapes=({0: batch},)
+            _Classifier(network), (_samples(network, 2),), dynamic_shapes=({0: batch},)
         )
         with replacing(path) as temporary:
             # torch looks at the suffix.
@@ -87,7 +87,7 @@ def export_onnx(network: models.Network, meta: Meta, path: Path) -> float | None
 
     with _quiet():
         program = torch.onnx.export(
-            _Classifier(network).eval(),
+            _Classifier(network),
             (_samples(network, 2),),
             dynamo=True,
             input_names=["images"],
@@ -120,6 +120,7 @@ class _Classifier(torch.nn.Module):
     def __init__(self, network: models.Network):
         super().__init__()
         self.network = models.torch_twin(network)
+        self.eval().requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.softmax(self.network(images), dim=1)

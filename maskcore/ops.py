@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from maskcore import _library
 
@@ -40,6 +41,13 @@ def _check_image(x: Tensor, name: str = "x") -> None:
         raise TypeError(f"{name} must be float32, is {x.dtype}")
 
 
+def _check_devices(image: str, device: torch.device, **others: Tensor) -> None:
+    """The dispatcher would run a mixture as if all of it were on one of the devices."""
+    for name, tensor in others.items():
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of {image}, {device}, is on {tensor.device}")
+
+
 def _output_size(H: int, W: int, padding: int) -> tuple[int, int]:
     return H + 2 * padding - 2, W + 2 * padding - 2
 
@@ -63,6 +71,7 @@ def conv_relu(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tens
         ValueError, TypeError, RuntimeError: an argument, which the message names, has a wrong shape or dtype.
     """
     _check_image(x)
+    _check_devices("x", x.device, weight=weight, bias=bias)
     return _nchw(_ops.conv_relu(_nhwc(x), weight.contiguous(), bias, padding))
 
 
@@ -93,6 +102,7 @@ def _conv_relu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, output)
 
 
+@once_differentiable
 def _conv_relu_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     need_dx = ctx.needs_input_grad[0]
@@ -115,6 +125,7 @@ def conv_relu_max_pool(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0
     that gives ``[N, K, P, Q]``.
     """
     _check_image(x)
+    _check_devices("x", x.device, weight=weight, bias=bias)
     y, _ = _ops.conv_relu_max_pool(_nhwc(x), weight.contiguous(), bias, padding)
     return _nchw(y)
 
@@ -154,6 +165,7 @@ def _conv_relu_max_pool_setup(
     ctx.save_for_backward(x, weight, y, argmax)
 
 
+@once_differentiable
 def _conv_relu_max_pool_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y, argmax = ctx.saved_tensors
     need_dx = ctx.needs_input_grad[0]
@@ -194,6 +206,16 @@ def conv_bn_relu(
         gamma, beta, mean, var: ``[K]``.
         eps: added to the variance; 1e-3 is Keras' default.
     """
+    _check_image(x)
+    vectors = {"bias": bias, "gamma": gamma, "beta": beta, "mean": mean, "var": var}
+    _check_devices("x", x.device, weight=weight, **vectors)
+    for name, vector in vectors.items():  # a size 1 would be broadcast
+        if vector.shape != weight.shape[:1]:
+            raise ValueError(f"{name} must have shape {tuple(weight.shape[:1])}, has {tuple(vector.shape)}")
+        if vector.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, is {vector.dtype}")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must have 4 dimensions, has {weight.dim()}")
     scale = gamma * torch.rsqrt(var + eps)
     folded = beta + scale * (bias - mean)
     return conv_relu(x, weight * scale[:, None, None, None], folded, padding)
@@ -234,6 +256,7 @@ def conv_bn_relu_train(
     (the mean takes it away), so its gradient is exactly zero.
     """
     _check_image(x)
+    _check_devices("x", x.device, weight=weight, bias=bias, gamma=gamma, beta=beta)
     y, _, mean, var = _ops.conv_bn_relu_train(
         _nhwc(x), weight.contiguous(), bias, gamma, beta, eps, padding
     )
@@ -291,6 +314,7 @@ def _conv_bn_relu_train_setup(
     ctx.save_for_backward(x, weight, bias, z, gamma, beta, mean, var)
 
 
+@once_differentiable
 def _conv_bn_relu_train_backward(
     ctx: Any, dy: Tensor, *_statistics: Tensor
 ) -> tuple[Tensor | None, ...]:
@@ -346,6 +370,7 @@ def _max_pool_setup(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tenso
     ctx.save_for_backward(argmax)
 
 
+@once_differentiable
 def _max_pool_backward(ctx: Any, dy: Tensor, _: Tensor) -> Tensor:
     (argmax,) = ctx.saved_tensors
     return _ops._max_pool_backward(dy.contiguous(), argmax, ctx.H, ctx.W)
@@ -363,6 +388,19 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor
     x ``[N, C]``, weight ``[K, C]``, bias ``[K]``. PyTorch's matrix product is used as it is: at batch 8 it
     runs at the speed of the memory that the weights come from.
     """
+    if x.dim() != 2:
+        raise ValueError(f"x must be [N, C], has {x.dim()} dimensions")
+    K = weight.shape[0]
+    for name, tensor, shape in (("weight", weight, (K, x.shape[1])), ("bias", bias, (K,))):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, has {tuple(tensor.shape)}")
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, is {tensor.dtype}")
+    return dense_reference(x, weight, bias, relu)
+
+
+def dense_reference(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
     y = F.linear(x, weight, bias)
     return F.relu(y) if relu else y
 
@@ -380,7 +418,8 @@ def softmax_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     Returns:
         A scalar, in nats. Stable for any finite logits (the largest is subtracted first).
     """
-    loss, _ = _ops.softmax_cross_entropy(logits.contiguous(), target)
+    _check_devices("logits", logits.device, target=target)
+    loss, _ = _ops.softmax_cross_entropy(logits.contiguous(), target.contiguous())
     return loss
 
 
@@ -407,6 +446,7 @@ def _softmax_cross_entropy_setup(
     ctx.save_for_backward(probabilities, target)
 
 
+@once_differentiable
 def _softmax_cross_entropy_backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor, None]:
     probabilities, target = ctx.saved_tensors
     return _ops._softmax_cross_entropy_backward(dloss, probabilities, target), None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,9 +20,8 @@ from maskcore import commandline, data, machine, models
 from maskcore.checkpoint import load_model, locate, write_text
 from maskcore.errors import UserError
 from maskcore.progress import Progress
+from maskcore.resources import processors
 from maskcore.runfolder import write_csv
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,9 @@ def classify(
         try:
             return data.load(path, preprocess)
         except data.BadPicture as error:
-            return str(error)
+            return error.reason
 
-    workers = workers or min(8, os.cpu_count() or 1)
+    workers = workers or min(8, processors())
     waiting: deque[tuple[Path, Future[np.ndarray | str]]] = deque()
     remaining = iter(paths)
     with ThreadPoolExecutor(workers) as pool:
@@ -85,7 +83,7 @@ def _classify_batch(
     readable = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
     rows: Iterator[np.ndarray] = iter(())
     if readable:
-        logits = network(network_input(np.stack(readable)).to(next(network.parameters()).device))
+        logits = network(data.network_input(np.stack(readable)).to(next(network.parameters()).device))
         rows = iter(logits.cpu().numpy())
     return [
         Classified(path, next(rows)) if isinstance(pixels, np.ndarray) else Classified(path, None, pixels)
@@ -93,16 +91,10 @@ def _classify_batch(
     ]
 
 
-def network_input(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 [N,S,S,3] as float32 [N,3,S,S] from 0 to 1, channels_last in memory."""
-    return torch.from_numpy(pixels).to(torch.float32).mul_(1 / 255).permute(0, 3, 1, 2)
-
-
-def pictures_in(folder: Path) -> tuple[list[Path], int]:
-    """Files with a picture's suffix below ``folder`` by name, and how many files have another."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
-    return sorted(pictures), len(files) - len(pictures)
+def files_in(folder: Path) -> list[Path]:
+    """All files below ``folder`` that are not hidden, sorted; whatever their names end in."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(f for f in files if not any(p.startswith(".") for p in f.relative_to(folder).parts))
 
 
 def _parser() -> commandline.Parser:
@@ -169,7 +161,7 @@ def _predict(namespace: argparse.Namespace) -> int:
     if namespace.json is not None:
         _write_json(namespace.json, _report(namespace.checkpoint, good, bad, meta.classes))
     for name, result in bad:
-        print(f"skipped {_printable(name)}: {result.reason}", file=sys.stderr)
+        print(f"skipped: {_printable(name)} {result.reason}", file=sys.stderr)
     written = "".join(f", in {f}" for f in (namespace.csv, namespace.json) if f not in (None, "-"))
     print(f"{len(good)} pictures classified, {len(bad)} skipped{written}", file=sys.stderr)
     if not good:
@@ -182,12 +174,10 @@ def _named(arguments: Sequence[str]) -> Iterator[tuple[str, Path]]:
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            pictures, others = pictures_in(path)
-            if not pictures:
-                raise UserError(f"there are no pictures in the folder {argument}")
-            if others:
-                print(f"{argument}: {others} files are no pictures by name", file=sys.stderr)
-            yield from ((picture.relative_to(path).as_posix(), picture) for picture in pictures)
+            files = files_in(path)
+            if not files:
+                raise UserError(f"there are no files in the folder {argument}")
+            yield from ((file.relative_to(path).as_posix(), file) for file in files)
         elif path.exists():
             yield path.name, path
         else:

@@ -34,7 +34,11 @@ CLASSES = ("nobody", "everybody", "not all")
 T = TypeVar("T")
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
+Canvas = ImageDraw.ImageDraw
+# A map from u in -1..1 (left to right) and v in 0..1 (top to bottom) to a part of the figure.
 Patch = Callable[[float, float], Point]
+# Where a head is, and half its height, in pixels.
+Place = tuple[float, float, float]
 
 # Figures are drawn at this multiple of the final size and averaged down, for smooth edges.
 OVERSAMPLING = 2
@@ -47,7 +51,7 @@ CROWD = (0.36, 0.27, 0.16, 0.09, 0.05, 0.03, 0.02, 0.02)
 HEAD_LOW = (0.19, 0.16, 0.14, 0.12, 0.11, 0.10, 0.10, 0.09)
 HEAD_HIGH = (0.33, 0.24, 0.19, 0.16, 0.14, 0.13, 0.12, 0.11)
 # Share of the people without a mask who have one on, but wrongly.
-WRONG_SHARE = 0.2
+WRONG_SHARE = 0.25
 
 
 def _palette(codes: str) -> tuple[Colour, ...]:
@@ -60,10 +64,20 @@ HAIR = _palette("1c1818 34241c 563824 805430 be9458 e2c488 a04828 969698 dedcd8"
 # The colours masks come in. Clothes, hats, scarves and backgrounds use them too, so that no colour
 # means "mask".
 MASK = _palette("a0cee6 a0cee6 f2f4f6 f2f4f6 80bec8 f0b8c8 28282e c6cace c4b8de")
-CLOTH = _palette(
-    "b22c34 2c4680 347048 e2b23c 6e3e80 3c4046 d67846 ceba98 5a8cb4 865c42 e8e4da 348084"
+CLOTH = _palette("b22c34 2c4680 347048 e2b23c 6e3e80 3c4046 d67846 ceba98 5a8cb4 865c42 e8e4da")
+HAIR_STYLES = (
+    "short",
+    "short",
+    "short",
+    "long",
+    "long",
+    "bob",
+    "curly",
+    "bald",
+    "bun",
+    "headscarf",
 )
-PATTERNS = ("stripes", "bars", "dots", "check", "print")
+PATTERNS = ("stripes", "bars", "dots", "check", "badge")
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,7 @@ class Person:
 class Pen:
     """Draws shapes given in a figure's own units: turned, tilted, scaled and moved into place."""
 
-    def __init__(self, canvas: ImageDraw.ImageDraw, person: Person, tilted: bool = True) -> None:
+    def __init__(self, canvas: Canvas, person: Person, tilted: bool = True) -> None:
         self.canvas = canvas
         self.x, self.y, self.scale = person.x, person.y, person.head
         self.turn = person.turn if tilted else 0.0
@@ -142,20 +156,15 @@ class Pen:
         pixels = max(1, round(width * self.scale))
         self.canvas.line([self.at(x, y) for x, y in points], (*colour, 255), pixels, "curve")
 
-    def band(
-        self, x: float, top: tuple[float, float], bottom: tuple[float, float], colour: Colour
-    ) -> None:
-        """An upright trapezium about x, its top and bottom each a height and half a width."""
+    def band(self, x: float, top: Point, bottom: Point, colour: Colour) -> None:
+        """An upright trapezium about x; its top and bottom are each a height and half a width."""
         (high, upper), (low, lower) = top, bottom
-        self.fill(
-            [(x - upper, high), (x + upper, high), (x + lower, low), (x - lower, low)], colour
-        )
+        corners = [(x - upper, high), (x + upper, high), (x + lower, low), (x - lower, low)]
+        self.fill(corners, colour)
 
-    def oval(
-        self, x: float, y: float, rx: float, ry: float, colour: Colour, alpha: int = 255
-    ) -> None:
+    def oval(self, x: float, y: float, rx: float, ry: float, ink: Colour, alpha: int = 255) -> None:
         """A filled ellipse."""
-        self.fill(_arc(x, y, rx, ry, 0.0, 2 * math.pi), colour, alpha)
+        self.fill(_arc(x, y, rx, ry, 0.0, 2 * math.pi, 22), ink, alpha)
 
 
 class Stream:
@@ -255,9 +264,8 @@ def _people(stream: Stream, code: int, width: int, height: int, lit_from: int) -
     count = 1 + stream.weighted((0.0, *CROWD[1:]) if code == 2 else CROWD)
     places = _places(stream, count, width, height)
     masked = _who_is_masked(stream, code, count)
-    return [
-        _person(stream, place, wears, lit_from) for place, wears in zip(places, masked, strict=True)
-    ]
+    pairs = zip(places, masked, strict=True)
+    return [_person(stream, place, wears, lit_from) for place, wears in pairs]
 
 
 def _who_is_masked(stream: Stream, code: int, count: int) -> list[bool]:
@@ -267,19 +275,17 @@ def _who_is_masked(stream: Stream, code: int, count: int) -> list[bool]:
     return [bool(place < number) for place in stream.generator.permutation(count)]
 
 
-def _places(
-    stream: Stream, count: int, width: int, height: int
-) -> list[tuple[float, float, float]]:
-    """Head centres and sizes (x, y, half height), farthest first, with no face hidden."""
+def _places(stream: Stream, count: int, width: int, height: int) -> list[Place]:
+    """Where everybody's head is, farthest first, with no face hidden by somebody nearer."""
     largest = stream.between(HEAD_LOW[count - 1], HEAD_HIGH[count - 1]) * min(width, height)
-    places: list[tuple[float, float, float]] = []
+    places: list[Place] = []
     attempt = 0
     while len(places) < count:
         attempt += 1
-        if attempt % 12 == 0:
+        if attempt % 40 == 0:
             # This many people do not fit at this size: begin again with smaller heads.
             places.clear()
-            largest *= 0.96
+            largest *= 0.97
         depth = stream.between(0.0, 1.0)
         head = largest * (0.74 + 0.26 * depth)
         top, bottom = head * 1.1, height - head * 1.3
@@ -291,7 +297,7 @@ def _places(
     return sorted(places, key=lambda place: place[2])
 
 
-def _faces_clear(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
+def _faces_clear(one: Place, other: Place) -> bool:
     """Whether the nearer of two people leaves the other's face in view."""
     (near_x, near_y, near), (far_x, far_y, far) = sorted((one, other), key=lambda place: -place[2])
     apart = abs(near_x - far_x)
@@ -303,14 +309,10 @@ def _faces_clear(one: tuple[float, float, float], other: tuple[float, float, flo
     return beside and (above_shoulders or apart > 2.1 * near + 0.85 * far)
 
 
-def _person(
-    stream: Stream, place: tuple[float, float, float], wears: bool, lit_from: int
-) -> Person:
+def _person(stream: Stream, place: Place, wears: bool, lit_from: int) -> Person:
     x, y, head = place
     clothes, accent = _two_colours(stream)
-    style = stream.pick(
-        ("short", "short", "short", "long", "long", "bob", "curly", "bald", "bun", "headscarf")
-    )
+    style = stream.pick(HAIR_STYLES)
     bearded = style in ("short", "bald", "curly") and stream.chance(0.45)
     return Person(
         x=x,
@@ -346,9 +348,9 @@ def _person(
 
 
 def _mask(stream: Stream, wears: bool) -> Mask | None:
-    kind = stream.pick(("surgical", "surgical", "surgical", "cloth", "cloth", "ffp", "print"))
+    kind = stream.pick(("surgical", "surgical", "surgical", "cloth", "cloth", "cloth", "ffp"))
     colour, accent = _two_colours(stream)
-    if kind in ("surgical", "ffp"):
+    if kind != "cloth":
         colour = _vary(stream, stream.pick(MASK if kind == "surgical" else MASK[2:]), 8)
     worn = "right" if wears else stream.pick(("nose", "chin"))
     mask = Mask(kind, worn, colour, accent, stream.pick(("plain", *PATTERNS)))
@@ -369,35 +371,51 @@ def _two_colours(stream: Stream) -> tuple[Colour, Colour]:
 # --- Colours and outlines -------------------------------------------------------------------------
 
 
+def _limited(red: float, green: float, blue: float) -> Colour:
+    return (
+        min(255, max(0, round(red))),
+        min(255, max(0, round(green))),
+        min(255, max(0, round(blue))),
+    )
+
+
 def _vary(stream: Stream, colour: Colour, amount: int) -> Colour:
     """A colour near this one: lightness and hue both moved a little."""
     light = stream.between(-amount, amount)
-    red, green, blue = (
-        min(255, max(0, round(part + light + stream.between(-amount, amount) / 2)))
-        for part in colour
-    )
-    return red, green, blue
+    red, green, blue = (part + light + stream.between(-amount, amount) / 2 for part in colour)
+    return _limited(red, green, blue)
 
 
 def _shade(colour: Colour, factor: float) -> Colour:
-    red, green, blue = (min(255, round(part * factor)) for part in colour)
-    return red, green, blue
+    red, green, blue = colour
+    return _limited(red * factor, green * factor, blue * factor)
 
 
 def _mix(one: Colour, other: Colour, share: float) -> Colour:
-    red, green, blue = (round(a + (b - a) * share) for a, b in zip(one, other, strict=True))
-    return red, green, blue
+    red, green, blue = (a + (b - a) * share for a, b in zip(one, other, strict=True))
+    return _limited(red, green, blue)
 
 
-def _arc(
-    x: float, y: float, rx: float, ry: float, start: float, end: float, steps: int = 22
-) -> list[Point]:
-    """Points along an ellipse; angles run clockwise from the right, as y points down."""
-    turn = (end - start) / steps
-    return [
-        (x + rx * math.cos(start + turn * step), y + ry * math.sin(start + turn * step))
-        for step in range(steps + 1)
-    ]
+def _arc(x: float, y: float, rx: float, ry: float, a: float, b: float, steps: int) -> list[Point]:
+    """Points along an ellipse from angle a to b, clockwise from the right, as y points down."""
+    turn = (b - a) / steps
+    angles = [a + turn * step for step in range(steps + 1)]
+    return [(x + rx * math.cos(angle), y + ry * math.sin(angle)) for angle in angles]
+
+
+def _dome(x: float, y: float, rx: float, ry: float, steps: int = 14) -> list[Point]:
+    """The upper half of an ellipse, left to right."""
+    return _arc(x, y, rx, ry, math.pi, 2 * math.pi, steps)
+
+
+def _bowl(x: float, y: float, rx: float, ry: float, steps: int = 12) -> list[Point]:
+    """The lower half of an ellipse, right to left."""
+    return _arc(x, y, rx, ry, 0.0, math.pi, steps)
+
+
+def _mirrored(points: list[Point]) -> list[Point]:
+    """A closed outline from its right half."""
+    return points + [(-x, y) for x, y in reversed(points)]
 
 
 def _half_width(y: float, jaw: float) -> float:
@@ -407,45 +425,38 @@ def _half_width(y: float, jaw: float) -> float:
     return CHEEK * math.pow(1 - min(1.0, y) ** 2.3, jaw)
 
 
-def _sides(
-    low: float, high: float, steps: int, half_width: Callable[[float], float]
-) -> list[Point]:
-    """A closed outline from its half width at each height."""
-    heights = [low + (high - low) * step / steps for step in range(steps + 1)]
-    right = [(half_width(y), y) for y in heights]
-    return right + [(-x, y) for x, y in reversed(right)]
+def _cheek(low: float, high: float, jaw: float, wider: float = 1.0) -> list[Point]:
+    """The right half of a face's outline between two heights."""
+    heights = [low + (high - low) * step / 20 for step in range(21)]
+    return [(_half_width(y, jaw) * wider, y) for y in heights]
 
 
-def _fill_patch(pen: Pen, patch: Patch, colour: Colour) -> None:
-    """Fill a patch, a map from u in -1..1 and v in 0..1 to the figure."""
-    steps = [-1 + step / 7 for step in range(15)]
-    pen.fill([patch(u, 0) for u in steps] + [patch(u, 1) for u in reversed(steps)], colour)
+def _strip(patch: Patch, top: float, bottom: float) -> list[Point]:
+    """The outline of a patch between two of its own heights."""
+    steps = [step / 7 for step in range(-7, 8)]
+    return [patch(u, top) for u in steps] + [patch(u, bottom) for u in reversed(steps)]
+
+
+def _across(patch: Patch, v: float) -> list[Point]:
+    return [patch(step / 6, v) for step in range(-6, 7)]
 
 
 def _pattern(pen: Pen, patch: Patch, pattern: str, colour: Colour, repeats: int) -> None:
     """Print a pattern on a patch; drawn in the patch's own u and v, it cannot spill over."""
-    cells = [step / repeats for step in range(repeats)]
-    across = [-1 + step / 6 for step in range(13)]
-    if pattern == "stripes":
-        for v in cells:
-            edge = v + 0.5 / repeats
-            pen.fill([patch(u, v) for u in across] + [patch(u, edge) for u in across[::-1]], colour)
-    elif pattern == "bars":
-        _bars(pen, patch, colour, repeats, 255)
-    elif pattern == "check":
-        _bars(pen, patch, colour, repeats, 150)
-        for v in cells:
-            edge = v + 0.5 / repeats
-            band = [patch(u, v) for u in across] + [patch(u, edge) for u in across[::-1]]
-            pen.fill(band, colour, 150)
+    if pattern in ("stripes", "check"):
+        for row in range(repeats):
+            stripe = _strip(patch, row / repeats, (row + 0.5) / repeats)
+            pen.fill(stripe, colour, 255 if pattern == "stripes" else 150)
+    if pattern in ("bars", "check"):
+        _bars(pen, patch, colour, repeats, 255 if pattern == "bars" else 150)
     elif pattern == "dots":
-        for row, v in enumerate(cells):
+        for row in range(repeats):
             for column in range(repeats + 1):
                 u = -0.9 + 1.8 * (column + row % 2 * 0.5) / (repeats + 0.5)
-                x, y = patch(u, v + 0.5 / repeats)
+                x, y = patch(u, (row + 0.5) / repeats)
                 pen.oval(x, y, 0.05, 0.05, colour)
-    elif pattern == "print":
-        # A badge to one side: in the middle of a mask it would look like an open mouth.
+    elif pattern == "badge":
+        # To one side: in the middle of a mask it would look like an open mouth.
         x, y = patch(0.42, 0.4)
         size = 0.06 + 0.5 / repeats
         pen.oval(x, y, size, size, colour)
@@ -464,8 +475,9 @@ def _bars(pen: Pen, patch: Patch, colour: Colour, repeats: int, alpha: int) -> N
 # --- One person -----------------------------------------------------------------------------------
 
 
-def _draw_person(canvas: ImageDraw.ImageDraw, person: Person, bottom: float) -> None:
+def _draw_person(canvas: Canvas, person: Person, bottom: float) -> None:
     body, head = Pen(canvas, person, tilted=False), Pen(canvas, person)
+    mouth_covered = person.mask is not None and person.mask.worn == "right"
     _draw_back_hair(head, person)
     _draw_body(body, person, (bottom - person.y) / person.head)
     _draw_locks(head, person)
@@ -474,13 +486,12 @@ def _draw_person(canvas: ImageDraw.ImageDraw, person: Person, bottom: float) -> 
         _draw_scarf(body, person.scarf)
     _draw_head(head, person)
     _draw_eyes(head, person)
-    if person.mask is None or person.mask.worn != "right":
+    _draw_beard(head, person)
+    if not mouth_covered:
         _draw_mouth(head, person)
-    if person.beard != "none":
-        _draw_beard(head, person)
     if person.mask:
         _draw_mask(head, person, person.mask)
-    if person.mask is None or person.mask.worn != "right":
+    if not mouth_covered:
         _draw_nose(head, person)
     _draw_shadow(head, person)
     _draw_front_hair(head, person)
@@ -490,23 +501,15 @@ def _draw_person(canvas: ImageDraw.ImageDraw, person: Person, bottom: float) -> 
 
 
 def _draw_back_hair(pen: Pen, person: Person) -> None:
+    colour = _shade(person.hair, 0.8)
     if person.hair_style in ("long", "bob"):
         length = 1.9 if person.hair_style == "long" else 0.95
-        pen.fill(
-            _arc(0, -0.12, 0.96, 1.0, math.pi, 2 * math.pi)
-            + [(1.0, 0.3), (0.95, length), (-0.95, length), (-1.0, 0.3)],
-            _shade(person.hair, 0.75),
-        )
+        pen.fill(_mirrored([(0.0, -1.12), *_dome(0, -0.12, 0.96, 1.0)[8:], (0.95, length)]), colour)
     elif person.hair_style == "curly":
         for x, y in _arc(0, -0.15, 0.78, 0.86, 0.85 * math.pi, 2.15 * math.pi, 11):
-            pen.oval(x, y, 0.34, 0.34, _shade(person.hair, 0.85))
+            pen.oval(x, y, 0.34, 0.34, colour)
     elif person.hair_style == "bun":
-        pen.oval(person.part * 0.5, -1.2, 0.36, 0.32, _shade(person.hair, 0.85))
-    elif person.hair_style == "headscarf":
-        pen.fill(
-            _arc(0, -0.1, 0.98, 1.08, 0.9 * math.pi, 2.1 * math.pi) + [(1.0, 1.6), (-1.0, 1.6)],
-            person.hat_colour,
-        )
+        pen.oval(person.part * 0.5, -1.2, 0.36, 0.32, colour)
 
 
 def _draw_body(pen: Pen, person: Person, depth: float) -> None:
@@ -518,10 +521,9 @@ def _draw_body(pen: Pen, person: Person, depth: float) -> None:
         drop = 0.26 * u * u + 0.5 * abs(u) ** 9
         return u * person.shoulders * (1 + 0.06 * v), 1.3 + drop + v * (waist - 1.2 - drop)
 
-    _fill_patch(pen, patch, person.clothes)
-    if person.clothes_pattern != "plain":
-        repeats = min(8, max(2, round(waist * 1.6)))
-        _pattern(pen, patch, person.clothes_pattern, person.clothes_accent, repeats)
+    pen.fill(_strip(patch, 0, 1), person.clothes)
+    repeats = min(8, max(2, round(waist * 1.6)))
+    _pattern(pen, patch, person.clothes_pattern, person.clothes_accent, repeats)
     for side in (-1, 1):
         arm = person.shoulders * 0.72 * side
         pen.stroke([(arm, 2.5), (arm * 1.04, waist)], _shade(person.clothes, 0.7), 0.05)
@@ -537,18 +539,14 @@ def _draw_legs(pen: Pen, person: Person, waist: float, depth: float) -> None:
 
 
 def _draw_locks(pen: Pen, person: Person) -> None:
+    """What falls onto the shoulders: long hair, or the lower part of a headscarf."""
     if person.hair_style == "long":
         for side in (-1, 1):
-            pen.fill(
-                [(side * 0.6, -0.4), (side * 0.98, -0.1), (side * 1.04, 1.0)]
-                + [(side * 0.96, 2.1), (side * 0.6, 2.2), (side * 0.5, 1.0)],
-                _shade(person.hair, 0.85),
-            )
+            lock = [(0.6, -0.4), (0.98, -0.1), (1.04, 1.0), (0.96, 2.1), (0.6, 2.2), (0.5, 1.0)]
+            pen.fill([(side * x, y) for x, y in lock], _shade(person.hair, 0.88))
     elif person.hair_style == "headscarf":
-        pen.fill(
-            [(-0.9, 0.2), (0.9, 0.2), (1.0, 1.2), (0.7, 1.75), (-0.7, 1.75), (-1.0, 1.2)],
-            _shade(person.hat_colour, 0.85),
-        )
+        drape = [(0.9, 0.2), (1.0, 1.2), (0.7, 1.75)]
+        pen.fill(_mirrored(drape), _shade(person.hat_colour, 0.85))
 
 
 def _draw_neck(pen: Pen, person: Person) -> None:
@@ -567,15 +565,14 @@ def _draw_neck(pen: Pen, person: Person) -> None:
     if person.collar in ("shirt", "polo", "jacket"):
         collar = _mix(person.clothes, person.clothes_accent, 0.35)
         for side in (-1, 1):
-            pen.fill(
-                [(side * 0.58, 1.12), (side * 0.04, 1.5), (side * 0.3, 1.78), (side * 0.78, 1.42)],
-                _shade(collar, 1.08 if side == person.lit_from else 0.85),
-            )
+            flap = [(0.58, 1.12), (0.04, 1.5), (0.3, 1.78), (0.78, 1.42)]
+            light = 1.08 if side == person.lit_from else 0.85
+            pen.fill([(side * x, y) for x, y in flap], _shade(collar, light))
 
 
 def _draw_scarf(pen: Pen, colour: Colour) -> None:
     pen.oval(0, 1.42, 0.82, 0.3, _shade(colour, 0.85))
-    pen.fill(_arc(0, 1.24, 0.72, 0.42, 0, math.pi) + _arc(0, 1.24, 0.72, 0.14, math.pi, 0), colour)
+    pen.fill(_bowl(0, 1.24, 0.72, 0.42) + _bowl(0, 1.24, 0.72, 0.14)[::-1], colour)
     pen.fill([(0.2, 1.55), (0.56, 1.5), (0.66, 2.7), (0.26, 2.75)], _shade(colour, 0.92))
 
 
@@ -585,8 +582,7 @@ def _draw_head(pen: Pen, person: Person) -> None:
             # The ear on the side that is turned away goes out of view.
             if side * person.turn < 0.45:
                 pen.oval(side * 0.78, 0.1, 0.13, 0.23, _shade(person.skin, 0.88))
-    outline = _sides(-1.0, 1.0, 24, lambda y: _half_width(y, person.jaw))
-    pen.fill(outline, person.skin)
+    pen.fill(_mirrored(_cheek(-1.0, 1.0, person.jaw)), person.skin)
     blush = _mix(person.skin, (214, 90, 80), 0.3)
     for side in (-1, 1):
         pen.oval(side * 0.42, 0.34, 0.2, 0.14, blush, 70)
@@ -600,18 +596,19 @@ def _draw_eyes(pen: Pen, person: Person) -> None:
         pen.oval(x, -0.03, 0.14, 0.075 * person.eyes_open, (244, 242, 238))
         if person.eyes_open > 0.5:
             pen.oval(x + 0.05 * person.turn, -0.03, 0.065, 0.072, (62, 44, 34))
-        pen.stroke(_arc(x, -0.02, 0.15, 0.1, 1.1 * math.pi, 1.9 * math.pi, 6), (40, 30, 28), 0.03)
-        pen.stroke(_arc(x, -0.12, 0.2, 0.12, 1.15 * math.pi, 1.85 * math.pi, 6), brow, 0.06)
+        pen.stroke(_dome(x, -0.02, 0.15, 0.1, 6), (40, 30, 28), 0.03)
+        pen.stroke(_dome(x, -0.16, 0.19, 0.08, 6), brow, 0.06)
 
 
 def _draw_nose(pen: Pen, person: Person) -> None:
-    dark, light = _shade(person.skin, 0.76), _mix(person.skin, (255, 255, 255), 0.3)
+    dark, light = _shade(person.skin, 0.72), _mix(person.skin, (255, 255, 255), 0.3)
     side = -person.lit_from
-    pen.fill([(0.03 * side, -0.05), (0.17 * side, 0.34), (0.02 * side, 0.42)], dark, 150)
-    pen.oval(0, 0.33, 0.13, 0.1, _shade(person.skin, 0.93))
+    pen.fill([(0.03 * side, -0.05), (0.18 * side, 0.34), (0.02 * side, 0.43)], dark, 190)
+    pen.oval(0, 0.33, 0.14, 0.11, _shade(person.skin, 0.94))
     pen.oval(-0.02 * side, 0.29, 0.05, 0.07, light)
+    pen.stroke(_bowl(0, 0.34, 0.15, 0.11, 8), dark, 0.04)
     for nostril in (-1, 1):
-        pen.oval(nostril * 0.07, 0.395, 0.04, 0.025, _shade(person.skin, 0.45))
+        pen.oval(nostril * 0.075, 0.4, 0.045, 0.03, _shade(person.skin, 0.4))
 
 
 def _draw_mouth(pen: Pen, person: Person) -> None:
@@ -620,36 +617,27 @@ def _draw_mouth(pen: Pen, person: Person) -> None:
         pen.oval(0, 0.64, 0.25, 0.075, lips)
         pen.stroke([(-0.24, 0.64), (0.0, 0.65), (0.24, 0.64)], _shade(lips, 0.6), 0.03)
     elif person.mouth == "smile":
-        pen.fill(
-            _arc(0, 0.58, 0.31, 0.15, 0, math.pi, 10) + _arc(0, 0.58, 0.31, 0.06, math.pi, 0, 10),
-            lips,
-        )
-        pen.stroke(_arc(0, 0.58, 0.32, 0.1, 0, math.pi, 10), _shade(lips, 0.6), 0.03)
+        pen.fill(_bowl(0, 0.58, 0.31, 0.15) + _bowl(0, 0.58, 0.31, 0.06)[::-1], lips)
+        pen.stroke(_bowl(0, 0.58, 0.32, 0.1), _shade(lips, 0.6), 0.03)
     elif person.mouth == "grin":
-        pen.fill(_arc(0, 0.56, 0.35, 0.22, 0, math.pi, 12), lips)
-        pen.fill(_arc(0, 0.58, 0.3, 0.15, 0, math.pi, 12), (246, 244, 238))
+        pen.fill(_bowl(0, 0.56, 0.35, 0.22), lips)
+        pen.fill(_bowl(0, 0.58, 0.3, 0.15), (246, 244, 238))
     else:
         pen.oval(0, 0.65, 0.21, 0.17, lips)
         pen.oval(0, 0.66, 0.16, 0.12, (70, 24, 26))
-        pen.fill(_arc(0, 0.61, 0.14, 0.07, math.pi, 2 * math.pi, 8), (240, 238, 232))
+        pen.fill(_dome(0, 0.61, 0.14, 0.07), (240, 238, 232))
 
 
 def _draw_beard(pen: Pen, person: Person) -> None:
     hair = _shade(person.hair, 0.9)
     if person.beard in ("full", "stubble"):
-        alpha = 235 if person.beard == "full" else 70
-        outer = [(_half_width(y, person.jaw) * 1.02, y) for y in (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)]
-        outer += [(0.0, 1.08)] + [(-x, y) for x, y in reversed(outer)]
-        # Around the mouth, open at the top: cheeks, then the upper lip, then the hole for the lips.
-        inner = [(-0.62, 0.36), (-0.34, 0.47), (0.0, 0.47), (0.34, 0.47), (0.62, 0.36)]
-        pen.fill(outer + inner, hair, alpha)
-        _draw_mouth(pen, person)
-    if person.beard == "goatee":
+        lip = [(0.62, 0.36), (0.34, 0.47)]
+        outline = [(0.0, 0.47), *lip[::-1], *_cheek(0.1, 0.95, person.jaw, 1.02), (0.0, 1.08)]
+        pen.fill(_mirrored(outline), hair, 235 if person.beard == "full" else 70)
+    elif person.beard == "goatee":
         pen.oval(0, 0.9, 0.26, 0.22, hair)
     if person.beard in ("goatee", "moustache"):
-        pen.fill(
-            _arc(0, 0.56, 0.33, 0.12, math.pi, 2 * math.pi) + [(0.2, 0.57), (-0.2, 0.57)], hair
-        )
+        pen.fill(_dome(0, 0.56, 0.33, 0.12), hair)
 
 
 # Height of a mask's edges: top and bottom at its middle, top and bottom at its sides.
@@ -671,50 +659,40 @@ def _draw_mask(pen: Pen, person: Person, mask: Mask) -> None:
         return u * max(0.3, _half_width(min(y, 0.93), person.jaw)) * 1.03, y
 
     _draw_straps(pen, mask, side_top, side_bottom)
-    _fill_patch(pen, patch, mask.colour)
+    pen.fill(_strip(patch, 0, 1), mask.colour)
     if mask.kind == "surgical":
         _draw_pleats(pen, patch, mask)
     elif mask.kind == "ffp":
         _draw_cup(pen, patch, mask)
     else:
-        pattern = "print" if mask.kind == "print" else mask.pattern
-        if pattern != "plain":
-            _pattern(pen, patch, pattern, mask.accent, 4)
+        _pattern(pen, patch, mask.pattern, mask.accent, 4)
         pen.stroke([patch(0, v / 4) for v in range(5)], _shade(mask.colour, 0.75), 0.03)
-    rim = [patch(-1 + step / 6, 0) for step in range(13)]
-    pen.stroke(rim, _shade(mask.colour, 0.72), 0.035)
+    pen.stroke(_across(patch, 0), _shade(mask.colour, 0.72), 0.035)
 
 
-def _draw_straps(pen: Pen, mask: Mask, side_top: float, side_bottom: float) -> None:
+def _draw_straps(pen: Pen, mask: Mask, top: float, bottom: float) -> None:
     strap = (236, 236, 236) if sum(mask.colour) > 240 else (60, 60, 64)
+    # An FFP mask's upper strap runs round the head; the others have loops round the ears.
+    upper = -0.1 if mask.kind == "ffp" and mask.worn != "chin" else 0.0
     for side in (-1, 1):
-        if mask.kind == "ffp" and mask.worn != "chin":
-            pen.stroke([(side * 0.66, side_top + 0.06), (side * 0.8, -0.1)], strap, 0.05)
-        else:
-            pen.stroke([(side * 0.7, side_top + 0.04), (side * 0.82, 0.0)], strap, 0.045)
-        pen.stroke([(side * 0.68, side_bottom - 0.04), (side * 0.84, 0.22)], strap, 0.045)
+        pen.stroke([(side * 0.68, top + 0.05), (side * 0.82, upper)], strap, 0.045)
+        pen.stroke([(side * 0.68, bottom - 0.04), (side * 0.84, 0.22)], strap, 0.045)
 
 
 def _draw_pleats(pen: Pen, patch: Patch, mask: Mask) -> None:
     for v in (0.3, 0.5, 0.7):
-        fold = [patch(u / 6, v) for u in range(-6, 7)]
-        pen.stroke(fold, _shade(mask.colour, 0.82), 0.04)
-        lower = [patch(u / 6, v + 0.05) for u in range(-6, 7)]
-        pen.stroke(lower, _mix(mask.colour, (255, 255, 255), 0.35), 0.03)
-    hem = [patch(u / 6, 0.06) for u in range(-6, 7)]
-    pen.stroke(hem, _mix(mask.colour, (255, 255, 255), 0.5), 0.07)
+        pen.stroke(_across(patch, v), _shade(mask.colour, 0.82), 0.04)
+        pen.stroke(_across(patch, v + 0.05), _mix(mask.colour, (255, 255, 255), 0.35), 0.03)
+    pen.stroke(_across(patch, 0.06), _mix(mask.colour, (255, 255, 255), 0.5), 0.07)
 
 
 def _draw_cup(pen: Pen, patch: Patch, mask: Mask) -> None:
+    """The lower panel and the seam of an FFP mask, and on some a valve."""
     dark = _shade(mask.colour, 0.84)
-    pen.fill(
-        [patch(-0.95, 0.5), patch(0, 0.42), patch(0.95, 0.5), patch(0.6, 0.95), patch(-0.6, 0.95)],
-        dark,
-    )
-    pen.stroke(
-        [patch(u / 6, 0.42 + 0.08 * abs(u / 6)) for u in range(-6, 7)], _shade(dark, 0.8), 0.04
-    )
-    if mask.pattern in ("dots", "print"):
+    panel = ((-0.95, 0.5), (0.0, 0.42), (0.95, 0.5), (0.6, 0.95), (-0.6, 0.95))
+    pen.fill([patch(u, v) for u, v in panel], dark)
+    pen.stroke([patch(u, v) for u, v in panel[:3]], _shade(dark, 0.8), 0.04)
+    if mask.pattern in ("dots", "badge"):
         x, y = patch(0.42, 0.58)
         pen.oval(x, y, 0.12, 0.1, _shade(mask.colour, 0.66))
         pen.oval(x, y, 0.08, 0.06, _mix(mask.colour, (255, 255, 255), 0.3))
@@ -722,44 +700,39 @@ def _draw_cup(pen: Pen, patch: Patch, mask: Mask) -> None:
 
 def _draw_shadow(pen: Pen, person: Person) -> None:
     """Shade the side of the face (and of its mask) away from the light."""
-    side = -person.lit_from
-    heights = [-0.9 + step * 0.15 for step in range(13)]
-    for reach in (0.35, 0.6, 0.8):
-        edge = [(_half_width(y, person.jaw) * side * 1.02, y) for y in heights]
-        pen.fill(edge + [(x * reach, y) for x, y in reversed(edge)], (20, 10, 20), 24)
+    cheek = [(-person.lit_from * x, y) for x, y in _cheek(-0.95, 0.99, person.jaw, 1.02)]
+    for reach in (0.35, 0.5, 0.65, 0.8):
+        pen.fill(cheek + [(x * reach, y) for x, y in reversed(cheek)], (20, 10, 20), 18)
 
 
 def _draw_front_hair(pen: Pen, person: Person) -> None:
     if person.hair_style == "headscarf":
-        ring = _sides(-1.12, 1.12, 20, lambda y: _half_width(y / 1.12, 0.5) * 1.2)
-        hole = _sides(-0.72, 0.98, 20, lambda y: _half_width(y, person.jaw) * 0.98)
+        face = _cheek(-0.72, 0.98, person.jaw, 0.98)
+        edge = [(x * 1.2, y * 1.12) for x, y in _cheek(-1.0, 1.0, 0.5)]
         # Two halves of a ring, so that the face stays open between them.
-        middle = len(ring) // 2
-        pen.fill(ring[:middle] + hole[:middle][::-1], person.hat_colour)
-        pen.fill(ring[middle:] + hole[middle:][::-1], person.hat_colour)
+        for side in (-1, 1):
+            ring = [*edge, (0.0, 0.98), *reversed(face), (0.0, -0.72)]
+            pen.fill([(side * x, y) for x, y in ring], person.hat_colour)
         return
     if person.hair_style == "bald":
         pen.oval(-0.25, -0.72, 0.2, 0.12, _mix(person.skin, (255, 255, 255), 0.35), 90)
         return
-    side = 0.28 if person.hair_style in ("long", "bob") else 0.0
-    if person.hair_style == "bun":
-        side = -0.2
-    crown = _arc(0, -0.14, 0.86, 0.96, math.pi, 2 * math.pi)
-    fringe = [(0.84, side), (0.7, side - 0.1), (0.62, -0.36), (person.part, person.hairline)]
-    fringe += [(-0.62, -0.36), (-0.7, side - 0.1), (-0.84, side)]
-    pen.fill(crown + fringe, person.hair)
+    low = {"long": 0.28, "bob": 0.28, "bun": -0.2}.get(person.hair_style, 0.0)
+    temple = [(0.62, -0.36), (0.7, low - 0.1), (0.84, low)]
+    fringe = [*temple[::-1], (person.part, person.hairline), *((-x, y) for x, y in temple)]
+    pen.fill(_dome(0, -0.14, 0.86, 0.96) + fringe, person.hair)
     if person.hair_style == "curly":
-        for x, y in _arc(0, -0.2, 0.68, 0.74, math.pi, 2 * math.pi, 7):
+        for x, y in _dome(0, -0.2, 0.68, 0.74, 7):
             pen.oval(x, y, 0.24, 0.22, person.hair)
-    shine = _mix(person.hair, (255, 255, 255), 0.25)
-    pen.stroke(_arc(0, -0.2, 0.6, 0.72, 1.3 * math.pi, 1.6 * math.pi, 6), shine, 0.06)
+    shine = _arc(0, -0.2, 0.6, 0.72, 1.3 * math.pi, 1.6 * math.pi, 6)
+    pen.stroke(shine, _mix(person.hair, (255, 255, 255), 0.25), 0.06)
 
 
 def _draw_hat(pen: Pen, person: Person) -> None:
     colour = person.hat_colour
     if person.hat == "none" or person.hair_style == "headscarf":
         return
-    crown = _arc(0, -0.42, 0.9, 0.86, math.pi, 2 * math.pi)
+    crown = _dome(0, -0.42, 0.9, 0.86)
     if person.hat == "beanie":
         pen.fill(crown, colour)
         pen.band(0, (-0.62, 0.93), (-0.34, 0.93), _shade(colour, 0.8))
@@ -768,7 +741,7 @@ def _draw_hat(pen: Pen, person: Person) -> None:
         pen.fill(crown, colour)
         pen.oval(0, -0.42, 0.92, 0.16, _shade(colour, 0.7))
     else:
-        pen.fill(_arc(0, -0.5, 0.74, 0.82, math.pi, 2 * math.pi), colour)
+        pen.fill(_dome(0, -0.5, 0.74, 0.82), colour)
         pen.oval(0, -0.46, 1.3, 0.17, _shade(colour, 0.85))
         pen.band(0, (-0.66, 0.74), (-0.52, 0.74), _shade(colour, 0.5))
 
@@ -798,13 +771,8 @@ def _draw_prop(pen: Pen, person: Person) -> None:
     x, y = {"hand": (0.62, 1.0), "cup": (0.5, 1.75), "phone": (1.0, 0.7)}[person.prop]
     x *= side
     elbow = x + side * 0.5
-    sleeve = [
-        (x - 0.2, y + 0.4),
-        (x + 0.2, y + 0.4),
-        (elbow + 0.4, y + 2.6),
-        (elbow - 0.4, y + 2.6),
-    ]
-    pen.fill(sleeve, _shade(person.clothes, 0.82))
+    forearm = [(x - 0.2, y + 0.4), (x + 0.2, y + 0.4), (elbow + 0.4, y + 2.6)]
+    pen.fill([*forearm, (elbow - 0.4, y + 2.6)], _shade(person.clothes, 0.82))
     if person.prop == "cup":
         pen.band(x, (y - 0.42, 0.3), (y + 0.36, 0.24), person.prop_colour)
         pen.oval(x, y - 0.42, 0.3, 0.07, _shade(person.prop_colour, 0.6))
@@ -814,11 +782,8 @@ def _draw_prop(pen: Pen, person: Person) -> None:
     pen.oval(x, y + 0.22, 0.27, 0.28, skin)
     for finger in range(4):
         tip = x - side * (0.24 - 0.14 * finger)
-        pen.stroke(
-            [(tip, y + 0.2), (tip - side * 0.04, y - 0.16)],
-            _shade(skin, 0.93 + 0.03 * finger),
-            0.12,
-        )
+        finger_skin = _shade(skin, 0.93 + 0.03 * finger)
+        pen.stroke([(tip, y + 0.2), (tip - side * 0.04, y - 0.16)], finger_skin, 0.12)
 
 
 # --- Where they are -------------------------------------------------------------------------------
@@ -839,13 +804,11 @@ def _wall_colour(stream: Stream) -> Colour:
     return _mix(colour, (150, 146, 142), stream.between(0.0, 0.6))
 
 
-def _box(
-    canvas: ImageDraw.ImageDraw, x: float, y: float, wide: float, high: float, colour: Colour
-) -> None:
+def _box(canvas: Canvas, x: float, y: float, wide: float, high: float, colour: Colour) -> None:
     canvas.rectangle((x, y, x + wide, y + high), fill=colour)
 
 
-def _plain(canvas: ImageDraw.ImageDraw, stream: Stream, width: int, height: int) -> None:
+def _plain(canvas: Canvas, stream: Stream, width: int, height: int) -> None:
     top, bottom = _wall_colour(stream), _wall_colour(stream)
     bottom = _mix(top, bottom, stream.between(0.2, 0.8))
     for step in range(40):
@@ -853,7 +816,7 @@ def _plain(canvas: ImageDraw.ImageDraw, stream: Stream, width: int, height: int)
         _box(canvas, 0, y, width, height / 40 + 1, _mix(top, bottom, step / 39))
 
 
-def _room(canvas: ImageDraw.ImageDraw, stream: Stream, width: int, height: int) -> None:
+def _room(canvas: Canvas, stream: Stream, width: int, height: int) -> None:
     floor = height * stream.between(0.7, 0.95)
     _box(canvas, 0, floor, width, height, stream.pick(SKIN[3:]))
     wide, high = width * stream.between(0.2, 0.4), height * stream.between(0.25, 0.45)
@@ -868,17 +831,11 @@ def _room(canvas: ImageDraw.ImageDraw, stream: Stream, width: int, height: int) 
             # A picture on the wall instead of furniture on the floor.
             base, wide, high = height * stream.between(0.2, 0.4), wide * 0.5, high * 0.5
         _box(canvas, x, base - high, wide, high, _any_colour(stream))
-        _box(
-            canvas,
-            x + wide * 0.12,
-            base - high * 0.88,
-            wide * 0.76,
-            high * 0.3,
-            _any_colour(stream),
-        )
+        inset, accent = wide * 0.12, _any_colour(stream)
+        _box(canvas, x + inset, base - high * 0.88, wide - 2 * inset, high * 0.3, accent)
 
 
-def _street(canvas: ImageDraw.ImageDraw, stream: Stream, width: int, height: int) -> None:
+def _street(canvas: Canvas, stream: Stream, width: int, height: int) -> None:
     _box(canvas, 0, 0, width, height, _vary(stream, (190, 212, 232), 24))
     x = -width * 0.1
     while x < width:
@@ -895,7 +852,7 @@ def _street(canvas: ImageDraw.ImageDraw, stream: Stream, width: int, height: int
     _box(canvas, 0, height * stream.between(0.78, 0.95), width, height, (104, 104, 108))
 
 
-def _park(canvas: ImageDraw.ImageDraw, stream: Stream, width: int, height: int) -> None:
+def _park(canvas: Canvas, stream: Stream, width: int, height: int) -> None:
     _box(canvas, 0, 0, width, height, _vary(stream, (184, 214, 236), 24))
     ground = height * stream.between(0.45, 0.75)
     _box(canvas, 0, ground, width, height, _vary(stream, (112, 150, 72), 24))
@@ -910,7 +867,7 @@ def _park(canvas: ImageDraw.ImageDraw, stream: Stream, width: int, height: int) 
             canvas.ellipse((left, top, left + size * 1.4, top + size * 1.3), fill=leaf)
 
 
-def _shelves(canvas: ImageDraw.ImageDraw, stream: Stream, width: int, height: int) -> None:
+def _shelves(canvas: Canvas, stream: Stream, width: int, height: int) -> None:
     rows = stream.count(3, 5)
     board = stream.pick(SKIN[2:])
     for row in range(rows):
@@ -925,16 +882,14 @@ def _shelves(canvas: ImageDraw.ImageDraw, stream: Stream, width: int, height: in
         _box(canvas, 0, base - room * 0.08, width, room * 0.08, board)
 
 
-def _bokeh(canvas: ImageDraw.ImageDraw, stream: Stream, width: int, height: int) -> None:
+def _bokeh(canvas: Canvas, stream: Stream, width: int, height: int) -> None:
     _plain(canvas, stream, width, height)
     for _ in range(stream.count(15, 35)):
         x, y = stream.between(0, width), stream.between(0, height)
         radius = min(width, height) * stream.between(0.02, 0.09)
         colour = stream.pick((stream.pick(SKIN), stream.pick(MASK), stream.pick(CLOTH)))
-        canvas.ellipse(
-            (x - radius, y - radius, x + radius, y + radius),
-            fill=(*colour, stream.count(60, 170)),
-        )
+        box = (x - radius, y - radius, x + radius, y + radius)
+        canvas.ellipse(box, fill=(*colour, stream.count(60, 170)))
 
 
 # --- The camera -----------------------------------------------------------------------------------
@@ -971,11 +926,7 @@ def _blurred(picture: Image.Image, stream: Stream) -> Image.Image:
 
 def _light_field(stream: Stream, width: int, height: int, lit_from: int) -> npt.NDArray[np.float32]:
     """Brightness over the picture: brighter towards the light, darker in the corners."""
-    slope, vignette = stream.between(0.0, 0.18) * lit_from, stream.between(0.0, 0.3)
-    across = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
-    down = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
-    return (
-        np.float32(1.04)
-        + np.float32(slope) * across
-        - np.float32(vignette / 2) * (across * across + down * down)
-    )
+    slope, vignette = stream.between(0.0, 0.18) * lit_from, stream.between(0.0, 0.15)
+    across = np.linspace(-1, 1, width)[None, :]
+    down = np.linspace(-1, 1, height)[:, None]
+    return (1.04 + slope * across - vignette * (across * across + down * down)).astype(np.float32)

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from maskcore.commandline import Parser
 from maskcore.errors import UserError
@@ -43,7 +43,6 @@ def _setting(
     *,
     low: float = -math.inf,
     high: float = math.inf,
-    choices: tuple[str, ...] = (),
     metavar: str | None = None,
     resumable: bool = False,
 ) -> Any:
@@ -55,7 +54,6 @@ def _setting(
             "group": group,
             "low": low,
             "high": high,
-            "choices": choices,
             "metavar": metavar,
             "resumable": resumable,
         },
@@ -79,12 +77,11 @@ class Config:
     val_split: float = _setting(
         0.2, "share of the pictures held out for validation, 0 to 1", "data", low=0.001, high=0.95
     )
-    split: str = _setting(
+    split: Literal["stratified", "keras"] = _setting(
         "stratified",
         "stratified: drawn per class by --seed; keras: the first pictures by name, as Keras' "
         "validation_split takes them",
         "data",
-        choices=("stratified", "keras"),
     )
     limit_train: int | None = _setting(
         None, "train on at most N pictures, evenly from the classes", "data", low=1, metavar="N"
@@ -93,12 +90,11 @@ class Config:
         None, "validate on at most N pictures, evenly from the classes", "data", low=1, metavar="N"
     )
     image_size: int = _setting(256, "side of the network's square input, pixels", "data", low=16, high=4096)
-    resize: str = _setting(
+    resize: Literal["bilinear", "nearest", "letterbox"] = _setting(
         "bilinear",
         "how a picture becomes square: bilinear stretches with antialiasing, nearest stretches "
         "as Keras' loader did, letterbox keeps the aspect and pads",
         "data",
-        choices=("bilinear", "nearest", "letterbox"),
     )
     workers: int | None = _setting(
         None,
@@ -134,12 +130,11 @@ class Config:
         0, "train the first N epochs without augmentation", "augmentation", low=0, metavar="N"
     )
 
-    model: str = _setting(
+    model: Literal["final", "baseline"] = _setting(
         "final",
         "final: 13 convolutions with batch normalisation, 13.3 million parameters; baseline: 5 "
         "convolutions, 4.3 million",
         "network and optimiser",
-        choices=("final", "baseline"),
     )
     epochs: int = _setting(
         100, "passes over the training pictures", "network and optimiser", low=1, resumable=True
@@ -208,11 +203,10 @@ class Config:
         metavar="N",
         resumable=True,
     )
-    device: str = _setting(
+    device: Literal["auto", "cpu", "cuda"] = _setting(
         "auto",
         "auto takes the GPU where there is one and maskcore was built for it",
         "machine",
-        choices=("auto", "cpu", "cuda"),
         resumable=True,
     )
     quick: bool = _setting(
@@ -364,9 +358,17 @@ def _flag(spec: Field[Any]) -> str:
     return "--" + spec.name.replace("_", "-")
 
 
+def _choices(spec: Field[Any]) -> tuple[str, ...]:
+    """The values of a field that is declared as a Literal; none for others."""
+    hint = typing.get_type_hints(Config)[spec.name]
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
 def _kinds(spec: Field[Any]) -> tuple[type, bool]:
     """The type of a field, and whether None is allowed too."""
     hint = typing.get_type_hints(Config)[spec.name]
+    if _choices(spec):
+        return str, False
     if isinstance(hint, types.UnionType):
         return next(t for t in typing.get_args(hint) if t is not type(None)), True
     return hint, False
@@ -388,11 +390,11 @@ def _check(spec: Field[Any], value: Any) -> None:
         expected = {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
         raise UserError(f"{flag} must be {expected}, not {value!r}")
     if kind is str:
-        choices = spec.metadata["choices"]
+        choices = _choices(spec)
         if choices and value not in choices:
             raise UserError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
         return
-    number: float = value
+    number: Any = value
     low, high = spec.metadata["low"], spec.metadata["high"]
     if not (math.isfinite(number) and low <= number <= high):
         raise UserError(f"{flag} must be {' and '.join(_bounds(low, high))}, not {value}")
@@ -422,9 +424,8 @@ def _add_flag(group: Any, spec: Field[Any]) -> None:
     group.add_argument(
         _flag(spec),
         type=kind,
-        choices=spec.metadata["choices"] or None,
-        metavar=spec.metadata["metavar"]
-        or (None if spec.metadata["choices"] else "N" if kind is int else "X"),
+        choices=_choices(spec) or None,
+        metavar=spec.metadata["metavar"] or (None if _choices(spec) else "N" if kind is int else "X"),
         default=argparse.SUPPRESS,
         help=text,
     )

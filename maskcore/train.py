@@ -9,19 +9,15 @@ with a checkpoint within one.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import math
-import random
 import signal
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import islice, zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,6 +42,7 @@ from maskcore.checkpoint import (
 )
 from maskcore.errors import UserError
 from maskcore.machine import choose_device
+from maskcore.pictures import Pictures, prepare_pictures, write_report, write_skipped
 from maskcore.progress import Progress, duration
 from maskcore.settings import Config
 
@@ -64,27 +61,6 @@ class Diverged(Exception):
 
 
 @dataclass
-class Pictures:
-    """The pictures of a run, scanned: every one of them can be decoded."""
-
-    found: data.PictureSet
-    train: data.Loader
-    val: data.Loader
-    drawn: bool
-    skipped: list[data.Skipped]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of names, labels and their split: what must be unchanged for a run to go on."""
-        digest = hashlib.sha256()
-        for name, loader in (("train", self.train), ("val", self.val)):
-            for picture in loader.pictures:
-                relative = picture.path.relative_to(self.found.root).as_posix()
-                digest.update(f"{name}\t{relative}\t{picture.label}\n".encode())
-        return digest.hexdigest()
-
-
-@dataclass
 class Run:
     """A run in this process."""
 
@@ -97,6 +73,7 @@ class Run:
     state: State = field(default_factory=State)
     stop: StopSignals = field(default_factory=lambda: StopSignals())
     saved_at: float = field(default_factory=time.monotonic)  # of the last checkpoint
+    told_skipped: int = 0  # files that skipped.csv has
     epoch_seconds: list[float] = field(default_factory=list)  # whole epochs of this process
 
     @property
@@ -113,14 +90,10 @@ class Run:
                 "num_classes": network.num_classes,
                 "image_size": network.image_size,
             },
-            preprocess=preprocess_of(self.config),
+            preprocess=self.pictures.train.preprocess,
             classes=self.pictures.found.classes,
             config=self.config.to_dict(),
-            data={
-                "root": str(self.pictures.found.root),
-                "drawn": self.pictures.drawn,
-                "fingerprint": self.pictures.fingerprint,
-            },
+            data=self.pictures.to_dict(),
             state=self.state,
             versions=versions(),
         )
@@ -162,7 +135,7 @@ def train_epoch(run: Run) -> None:
         for batch in batches:
             loss, correct = train_step(run, batch)
             count = len(batch.labels)
-            state.batch += 1
+            state.batch = batch.number + 1
             state.samples += count
             state.correct += correct
             state.cross_entropy_sum += loss * count
@@ -172,6 +145,8 @@ def train_epoch(run: Run) -> None:
                 raise Diverged(f"the loss became {loss} in epoch {state.epoch}, batch {state.batch}")
             progress.add(count, step_text(state) if progress.due else None)
             save_between_batches(run)
+    if state.samples == 0:
+        raise UserError(f"no picture to train on can be read any more in {run.pictures.found.root}")
 
 
 def train_step(run: Run, batch: data.Batch) -> tuple[float, int]:
@@ -197,20 +172,22 @@ def validate(run: Run) -> dict[str, Any]:
     run.network.eval()
     started = time.monotonic()
     loader, classes = run.pictures.val, run.network.num_classes
-    loss_sum = 0.0
+    loss_sum, total = 0.0, 0
     confusion = torch.zeros(classes * classes, dtype=torch.int64)
     with Progress("validation", len(loader.pictures)) as progress:
         for batch in loader.epoch(0):
             logits = run.network(batch.images.to(run.device, non_blocking=True))
             labels = batch.labels.to(run.device)
             loss_sum += ops.softmax_cross_entropy(logits, labels).item() * len(labels)
+            total += len(labels)
             cells = (labels * classes + logits.argmax(1)).cpu()
             confusion += torch.bincount(cells, minlength=classes * classes)
             progress.add(len(labels), "" if progress.due else None)
             save_between_batches(run)
     matrix = confusion.reshape(classes, classes)
     penalty = float(run.network.penalty(run.config.l2))
-    total = len(loader.pictures)
+    if total == 0:
+        raise UserError(f"no picture to validate on can be read any more in {run.pictures.found.root}")
     record = epoch_record(
         run, loss_sum / total, int(matrix.trace()) / total, penalty, time.monotonic() - started
     )
@@ -272,6 +249,16 @@ def finish_epoch(run: Run, record: dict[str, Any]) -> None:
     runfolder.write_log(run.folder, run.state.history)
     if figures.available():
         figures.curves(run.state.history, run.folder / "curves.png", title_of(run))
+    tell_skipped(run)
+
+
+def tell_skipped(run: Run) -> None:
+    """Says and notes which files could be read at the start and cannot any more."""
+    more = len(run.pictures.skipped) - run.told_skipped
+    if more:
+        print(f"{more} more files cannot be read any more, see {run.folder / 'skipped.csv'}")
+        write_skipped(run.folder / "skipped.csv", run.pictures.skipped)
+        run.told_skipped += more
 
 
 def save(run: Run) -> None:
@@ -316,93 +303,6 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0])
 
 
-# ---- what is trained on what
-
-
-def preprocess_of(config: Config) -> data.Preprocess:
-    """The preprocessing that training, evaluation, prediction and export share."""
-    return data.Preprocess(size=config.image_size, resize=config.resize)
-
-
-def augment_of(config: Config) -> data.Augment | None:
-    """The augmentation of the training pictures, None without."""
-    if not config.augment:
-        return None
-    return data.Augment(
-        rotation=config.rotation,
-        shift=config.shift,
-        zoom=config.zoom,
-        horizontal_flip=config.horizontal_flip,
-        vertical_flip=config.vertical_flip,
-        fill=config.fill,
-    )
-
-
-def split_pictures(found: data.PictureSet, config: Config) -> tuple[list[data.Picture], list[data.Picture]]:
-    """The pictures to train and to validate on, by the run's settings."""
-    train_part, val_part = data.split(found.pictures, config.val_split, config.seed, method=config.split)
-    return (
-        limited(train_part, config.limit_train, config.seed),
-        limited(val_part, config.limit_val, config.seed),
-    )
-
-
-def limited(pictures: list[data.Picture], limit: int | None, seed: int) -> list[data.Picture]:
-    """At most ``limit`` pictures, drawn by ``seed``, the classes in turn; in their old order."""
-    if limit is None or limit >= len(pictures):
-        return pictures
-    by_class: dict[int, list[int]] = defaultdict(list)
-    for index in random.Random(seed).sample(range(len(pictures)), len(pictures)):
-        by_class[pictures[index].label].append(index)
-    in_turn = (i for row in zip_longest(*by_class.values()) for i in row if i is not None)
-    return [pictures[i] for i in sorted(islice(in_turn, limit))]
-
-
-def picture_root(config: Config) -> Path:
-    """The folder of the pictures; the built-in ones are drawn if they are not there yet."""
-    return data.builtin(config.count) if config.data is None else Path(config.data)
-
-
-def prepare_pictures(config: Config) -> Pictures:
-    """Finds (or draws) the pictures, splits them, and decodes each once to see that it can be.
-
-    Raises UserError if a class has no picture left to train on.
-    """
-    found = data.find(picture_root(config))
-    train_part, val_part = split_pictures(found, config)
-    cache = None if config.cache_gb is None else int(config.cache_gb * 2**30)
-    preprocess = preprocess_of(config)
-    train_loader = data.Loader(
-        train_part,
-        preprocess,
-        config.batch_size,
-        augment=augment_of(config),
-        shuffle=True,
-        seed=config.seed,
-        workers=config.workers,
-        cache_bytes=cache,
-    )
-    val_loader = data.Loader(
-        val_part, preprocess, config.batch_size, workers=config.workers, cache_bytes=cache
-    )
-    bad = [*train_loader.scan(progress=True), *val_loader.scan(progress=True)]
-    skipped = [*found.skipped, *bad]
-    pictures = Pictures(found, train_loader, val_loader, config.data is None, skipped)
-    _refuse_missing_classes(pictures)
-    return pictures
-
-
-def _refuse_missing_classes(pictures: Pictures) -> None:
-    counts = Counter(picture.label for picture in pictures.train.pictures)
-    missing = [name for i, name in enumerate(pictures.found.classes) if not counts[i]]
-    hint = f" ({len(pictures.skipped)} were skipped)" if pictures.skipped else ""
-    root = pictures.found.root
-    if missing:
-        raise UserError(f"no picture to train on is left of {', '.join(missing)} in {root}{hint}")
-    if not pictures.val.pictures:
-        raise UserError(f"no picture to validate on is left in {root}{hint}: raise --val-split")
-
-
 # ---- beginning, resuming, ending
 
 
@@ -440,7 +340,7 @@ def begin_run(config: Config, quick_changes: Sequence[str] = ()) -> Run:
     with torch.no_grad():
         run.state.penalty_at_start = float(network.penalty(config.l2))
     runfolder.note_session(folder, config.to_dict(), 1, 0)
-    write_data_report(run)
+    write_report(pictures, folder)
     save(run)
     introduce(run)
     return run
@@ -462,11 +362,17 @@ def resume_run(folder: Path, given: Mapping[str, Any]) -> Run:
             f"the pictures in {pictures.found.root} are not those that {folder} was trained on: "
             "a resumed run needs the same files with the same classes"
         )
+    if pictures.to_dict()["unreadable"] != meta.data.get("unreadable"):
+        print(
+            "warning: other files than before cannot be read, so that the run will not end with the "
+            "same bits as one never stopped"
+        )
     run.state = load_training(run.last, network, optimizer).state
     kept = [r["epoch"] for r in best_of(run.state.history, config.keep_best)]
     runfolder.tidy(folder, kept)
     runfolder.write_log(folder, run.state.history)
     runfolder.note_session(folder, config.to_dict(), run.state.epoch, run.state.batch)
+    write_report(pictures, folder)
     introduce(run)
     where = f", after batch {run.state.batch}" if run.state.batch else ""
     print(f"resumed   in epoch {run.state.epoch}{where}")
@@ -554,44 +460,6 @@ def conclude(run: Run) -> None:
     print(f"everything is in {run.folder}; try it:  maskcore predict {run.folder} PICTURES")
 
 
-def write_data_report(run: Run) -> None:
-    """Writes data.json, split.csv and skipped.csv."""
-    pictures, found = run.pictures, run.pictures.found
-    parts = (("train", pictures.train), ("val", pictures.val))
-
-    def counts(loader: data.Loader) -> dict[str, int]:
-        counter = Counter(picture.label for picture in loader.pictures)
-        return {name: counter[i] for i, name in enumerate(found.classes)}
-
-    runfolder.write_json(
-        run.folder / "data.json",
-        {
-            "root": str(Path(found.root).resolve()),
-            "layout": found.layout,
-            "drawn": pictures.drawn,
-            "classes": list(found.classes),
-            "pictures": {name: counts(loader) for name, loader in parts},
-            "skipped": len(pictures.skipped),
-            "preprocess": preprocess_of(run.config).to_dict(),
-            "fingerprint": pictures.fingerprint,
-        },
-    )
-    runfolder.write_csv(
-        run.folder / "split.csv",
-        ("file", "class", "set"),
-        (
-            (picture.path.relative_to(found.root).as_posix(), found.classes[picture.label], name)
-            for name, loader in parts
-            for picture in loader.pictures
-        ),
-    )
-    runfolder.write_csv(
-        run.folder / "skipped.csv",
-        ("file", "reason"),
-        ((str(skipped.path), skipped.reason) for skipped in pictures.skipped),
-    )
-
-
 # ---- what is said
 
 
@@ -609,6 +477,7 @@ def introduce(run: Run) -> None:
     )
     if pictures.drawn:
         print("          these are drawn by maskcore, not photographs; --data trains on your own")
+    run.told_skipped = len(pictures.skipped)
     if pictures.skipped:
         print(
             f"          {len(pictures.skipped)} files skipped, with reasons in {run.folder / 'skipped.csv'}"
@@ -632,7 +501,9 @@ def _installed(package: str) -> bool:
 def title_of(run: Run) -> str:
     """A headline for the run's pictures."""
     drawn = ", drawn pictures" if run.pictures.drawn else ""
-    return f"{run.folder.name}: {run.network.name}{drawn}"
+    network = run.network.name
+    name = network if run.folder.name == network else f"{run.folder.name}, network {network}"
+    return f"{name}{drawn}"
 
 
 def step_text(state: State) -> str:

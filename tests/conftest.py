@@ -1,0 +1,60 @@
+"""The yardstick that every numerical test measures with, and what keeps the tests independent of each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Every test starts from the same random state and leaves the number of threads as it was."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def as_exact_as_torch(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """``check(ours, torch32, exact, terms=1, name="", magnitude=0)``: our error is at most twice PyTorch's own.
+
+    ``exact`` is the float64 result, ``torch32`` PyTorch's float32 one. PyTorch may be exact by luck, or by a
+    shorter chain of additions, so a floor is allowed besides: a sum of ``terms`` numbers is rounded ``terms``
+    times, by eps / 2 of a partial sum (<= max|exact|) each, independently, which makes sqrt(terms) eps / 2 of
+    the largest result; never less than the one eps of storing it. Where a result is the small difference of
+    large numbers, those are what is rounded: ``magnitude`` is their size.
+    """
+
+    def check(
+        ours: Tensor,
+        torch32: Tensor,
+        exact: Tensor,
+        terms: int = 1,
+        name: str = "result",
+        magnitude: float = 0.0,
+    ) -> None:
+        assert ours.dtype == torch.float32, f"{name} is {ours.dtype}"
+        assert exact.dtype == torch.float64, f"the reference of {name} is {exact.dtype}"
+        assert ours.shape == torch32.shape == exact.shape, f"{name}: {ours.shape}, reference {exact.shape}"
+        if exact.numel() == 0:
+            return
+        error, yardstick = largest(ours.double() - exact), largest(torch32.double() - exact)
+        floor = max(1.0, math.sqrt(terms) / 2) * EPS32 * max(largest(exact), magnitude)
+        limit = 2 * yardstick + floor
+        record_property(name, f"error {error:.3g} torch {yardstick:.3g} floor {floor:.3g}")
+        # A NaN on either side makes the comparison false.
+        assert error <= limit, f"{name}: error {error:.3g} > {limit:.3g} (torch {yardstick:.3g}, floor {floor:.3g})"
+
+    return check
+
+
+def largest(values: Tensor) -> float:
+    """max|values|; NaN if there is one."""
+    return float(values.detach().abs().max())

@@ -1,0 +1,855 @@
+"""Every operator, forward and backward, against its reference in float64.
+
+Upstream gradients are random. Where a ReLU's sign or a pool's maximum hangs on the last bit, float32 may decide
+otherwise than float64 and both are right: there, and only there, the upstream gradient is zero (``decided``).
+Sums of small whole numbers are exact in float32, so on those every decision and every bit must agree.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskcore import models, ops
+
+INF, NAN = float("inf"), float("nan")
+
+
+class Case(NamedTuple):
+    """A convolution: images [N, C, H, W], filters [K, C, 3, 3]."""
+
+    N: int
+    C: int
+    K: int
+    H: int
+    W: int
+    padding: int
+
+    def __str__(self) -> str:
+        return f"N{self.N}_C{self.C}_K{self.K}_{self.H}x{self.W}_p{self.padding}"
+
+    @property
+    def output(self) -> tuple[int, int, int, int]:
+        return self.N, self.K, self.H + 2 * self.padding - 2, self.W + 2 * self.padding - 2
+
+
+def case_of(placed: models.Placed, N: int) -> Case:
+    (H, W, C), layer = placed.input_shape, placed.layer
+    return Case(N, C, layer.channels, H, W, layer.padding)
+
+
+def op_of(placed: models.Placed) -> str:
+    layer = placed.layer
+    return "conv_bn_relu_train" if layer.bn else "conv_relu_max_pool" if layer.pool else "conv_relu"
+
+
+def convolutions(name: str, image_size: int) -> list[models.Placed]:
+    placed = models.place(name, image_size=image_size)
+    return [at for at in placed if isinstance(at.layer, models.Conv)]
+
+
+# One below, at and one above each size that the kernels block by (csrc/vector.h, csrc/conv_direct.h):
+# 6 or 12 pixels and 8, 16 or 32 channels a tile, 2..16 rows a block, 256 pixels and 32 pieces of the weight
+# gradient, 64 channels a piece.
+SMALL = [Case(1, C, K, 3, 3, 0) for C, K in ((1, 1), (3, 5), (17, 16), (5, 33), (16, 17))]
+SMALL += [Case(2, C, K, 3, 4, 1) for C, K in ((1, 16), (3, 17), (17, 1), (5, 5))]
+SMALL += [Case(1, 3, 5, 1, 1, 1), Case(1, 3, 5, 2, 1, 1), Case(2, 4, 3, 1, 7, 1)]
+COLUMNS = [Case(1, 3, 4, 4, Q + 2, 0) for Q in (4, 5, 6, 7, 11, 12, 13, 18, 19, 25)]
+CHANNELS = [Case(1, 3, K, 5, 6, 1) for K in (7, 8, 9, 15, 16, 17, 31, 32, 33, 48)]
+CHANNELS += [Case(1, C, 4, 6, 5, 0) for C in (6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 31, 32, 33)]
+ROWS = [Case(1, 2, 3, P, 5, 1) for P in (15, 16, 17, 18, 33)]
+ROWS += [Case(1, 160, 144, P + 2, 40, 0) for P in (3, 4, 5, 8, 9)]
+PIECES = [Case(1, 2, K, 7, 9, 1) for K in (63, 64, 65, 129)]
+PIECES += [Case(N, 2, 3, P, 4, 1) for N, P in ((1, 31), (1, 32), (1, 33), (3, 11), (5, 13))]
+PIECES += [Case(1, 1, 2049, 4, 4, 0)]
+PIXELS = [Case(1, 2, 3, 3 + 2, Q + 2, 0) for Q in (63, 64, 65, 85, 86, 127, 128, 129, 255, 256, 257)]
+EMPTY = [Case(0, 3, 4, 6, 7, padding) for padding in (0, 1)]
+CASES = [*SMALL, *COLUMNS, *CHANNELS, *ROWS, *PIECES, *PIXELS]
+NETWORKS = {("final", 128): 1, ("baseline", 64): 2}
+LAYERS = {
+    f"{name}-{at.name}": (op_of(at), case_of(at, N))
+    for (name, size), N in NETWORKS.items()
+    for at in convolutions(name, size)
+}
+FULL_SIZE = {
+    f"{name}-{at.name}": (op_of(at), case_of(at, 1))
+    for name, places in (("final", (0, 1, 3)), ("baseline", (0, 1)))
+    for at in (convolutions(name, 256)[i] for i in places)
+}
+#: A few of all kinds, for what does not depend on every size.
+FEW = [SMALL[6], COLUMNS[4], CHANNELS[5], ROWS[2], ROWS[6], PIECES[2], PIXELS[4]]
+
+
+# ---- the convolutions as cases -------------------------------------------------------------------
+
+
+def conv_inputs(case: Case) -> dict[str, Tensor]:
+    x = torch.randn(case.N, case.C, case.H, case.W).contiguous(memory_format=torch.channels_last)
+    # Outputs of order one, whatever C is.
+    weight = torch.randn(case.K, case.C, 3, 3) / (9 * case.C) ** 0.5
+    return {"x": x, "weight": weight, "bias": torch.randn(case.K) / 2}
+
+
+def bn_inputs(case: Case) -> dict[str, Tensor]:
+    gamma, beta = torch.rand(case.K) + 0.5, torch.randn(case.K) / 2
+    return {**conv_inputs(case), "gamma": gamma, "beta": beta}
+
+
+def inference_inputs(case: Case) -> dict[str, Tensor]:
+    return {**bn_inputs(case), "mean": torch.randn(case.K) / 2, "var": torch.rand(case.K) + 0.5}
+
+
+def pooled(case: Case) -> bool:
+    return min(case.output[2:]) >= 2
+
+
+def pre_relu(name: str, inputs: dict[str, Tensor], padding: int) -> Tensor:
+    """What the ReLU of an op gets."""
+    z = F.conv2d(inputs["x"], inputs["weight"], inputs["bias"], padding=padding)
+    if name == "conv_bn_relu_train":
+        return F.batch_norm(z, None, None, inputs["gamma"], inputs["beta"], training=True, eps=1e-3)
+    if name == "conv_bn_relu":
+        statistics = inputs["mean"], inputs["var"], inputs["gamma"], inputs["beta"]
+        return F.batch_norm(z, *statistics, training=False, eps=1e-3)
+    return z
+
+
+def decided(name: str, inputs: dict[str, Tensor], padding: int) -> Tensor:
+    """1 where the decisions behind an output are the same for any rounding, else 0."""
+    z = pre_relu(name, {key: value.double() for key, value in inputs.items()}, padding)
+    margin = 1e-4 * z.abs().max() if z.numel() else z.sum()  # float32's error here is 100 times smaller
+    if name != "conv_relu_max_pool":
+        return (z.abs() > margin).float()
+    P, Q = z.shape[2] // 2 * 2, z.shape[3] // 2 * 2
+    windows = z[:, :, :P, :Q].unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4)
+    first, second = windows.topk(2, dim=4).values.unbind(4)
+    return ((first < -margin) | ((first > margin) & (first - second > margin))).float()
+
+
+INPUTS: dict[str, Callable[[Case], dict[str, Tensor]]] = {
+    "conv_relu": conv_inputs,
+    "conv_relu_max_pool": conv_inputs,
+    "conv_bn_relu": inference_inputs,
+    "conv_bn_relu_train": bn_inputs,
+}
+CONVOLUTIONS = list(INPUTS)
+
+
+def outputs_of(function: Callable[..., Any], inputs: dict[str, Tensor], padding: int) -> dict[str, Tensor]:
+    result = function(**inputs, padding=padding)
+    return dict(zip(("y", "mean", "var"), result, strict=True)) if isinstance(result, tuple) else {"y": result}
+
+
+def forward_backward(
+    function: Callable[..., Any], inputs: dict[str, Tensor], padding: int, dy: Tensor
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name. ``inputs`` keep their memory layout and offset."""
+    given = {key: value for key, value in inputs.items() if key in ("mean", "var")}  # not differentiated
+    leaves = {key: value.detach().requires_grad_() for key, value in inputs.items() if key not in given}
+    found = outputs_of(function, {**leaves, **given}, padding)
+    gradients = torch.autograd.grad(found["y"], list(leaves.values()), dy.to(found["y"].dtype))
+    found |= {f"d{key}": g for key, g in zip(leaves, gradients, strict=True)}
+    return {key: value.detach() for key, value in found.items()}
+
+
+def upstream(name: str, inputs: dict[str, Tensor], padding: int) -> Tensor:
+    """A random gradient for an op's output."""
+    return torch.randn_like(outputs_of(getattr(ops, name), inputs, padding)["y"])
+
+
+def terms(op: str, case: Case, result: str) -> int:
+    """Length of the sums behind a result of an op."""
+    forward, backward = 9 * case.C, 9 * case.K
+    pixels = max(1, case.N * case.output[2] * case.output[3])
+    if result == "y":
+        return forward
+    if op == "conv_bn_relu_train":  # everything else goes through the statistics of the convolution
+        return forward + pixels + (backward if result == "dx" else 0)
+    if op == "conv_bn_relu" and result == "dgamma":  # summed over the pixels, then over the folded filter
+        return forward * pixels
+    return backward if result == "dx" else pixels
+
+
+def check_convolution(
+    name: str, case: Case, check: Callable[..., None], inputs: dict[str, Tensor] | None = None
+) -> None:
+    inputs = inputs or INPUTS[name](case)
+    fast, reference = getattr(ops, name), getattr(ops, f"{name}_reference")
+    mask = decided(name, inputs, case.padding)
+    dy = (torch.randn(mask.shape) * mask).contiguous(memory_format=torch.channels_last)
+    ours = forward_backward(fast, inputs, case.padding, dy)
+    torch32 = forward_backward(reference, inputs, case.padding, dy)
+    doubles = {key: value.double() for key, value in inputs.items()}
+    exact = forward_backward(reference, doubles, case.padding, dy)
+    assert ours.keys() == exact.keys()
+    assert ours["y"].is_contiguous(memory_format=torch.channels_last)
+    if name == "conv_bn_relu_train":
+        # The mean takes the bias away: what the references find is rounding alone.
+        assert torch.equal(ours.pop("dbias"), torch.zeros(case.K))
+    for key, value in ours.items():
+        check(value, torch32[key], exact[key], terms(name, case, key), f"{name} {key}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution(name: str, case: Case, as_exact_as_torch: Callable[..., None]) -> None:
+    if name == "conv_relu_max_pool" and not pooled(case):
+        with pytest.raises(RuntimeError, match="x is too small to be pooled"):
+            ops.conv_relu_max_pool(**conv_inputs(case), padding=case.padding)
+        return
+    if name == "conv_bn_relu_train" and case.N * case.output[2] * case.output[3] == 1:
+        return  # one value a channel: the next test
+    check_convolution(name, case, as_exact_as_torch)
+
+
+def test_statistics_of_one_value_are_its_own(as_exact_as_torch: Callable[..., None]) -> None:
+    """PyTorch refuses one value a channel; here its variance is 0 and the output is max(beta, 0)."""
+    inputs = bn_inputs(Case(1, 3, 5, 3, 3, 0))
+    z = pre_relu("conv_relu", inputs, 0)
+    dy = torch.randn(1, 5, 1, 1)
+    found = forward_backward(ops.conv_bn_relu_train, inputs, 0, dy)
+    expected = inputs["beta"].relu()
+    scaled = float((inputs["gamma"] * z.flatten()).abs().max()) / 1e-3**0.5  # 1e-3 is epsilon
+    as_exact_as_torch(found["y"].flatten(), expected, expected.double(), magnitude=scaled)
+    assert torch.equal(found["var"], torch.zeros(5))
+    torch.testing.assert_close(found["mean"], z.flatten())
+    assert torch.equal(found["dbeta"], dy.flatten() * (inputs["beta"] > 0))
+    for key in ("dx", "dweight", "dgamma", "dbias"):
+        assert torch.equal(found[key], torch.zeros_like(found[key])), key
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_of_the_networks(layer: str, as_exact_as_torch: Callable[..., None]) -> None:
+    name, at = LAYERS[layer]
+    check_convolution(name, at, as_exact_as_torch)
+
+
+@pytest.mark.parametrize("layer", FULL_SIZE)
+def test_full_size_layers(layer: str, as_exact_as_torch: Callable[..., None]) -> None:
+    name, at = FULL_SIZE[layer]
+    check_convolution(name, at, as_exact_as_torch)
+
+
+@pytest.mark.slow
+def test_full_size_layers_all(as_exact_as_torch: Callable[..., None]) -> None:
+    for at in (*convolutions("final", 256), *convolutions("baseline", 256)):
+        check_convolution(op_of(at), case_of(at, 2), as_exact_as_torch)
+
+
+# ---- exact cases ---------------------------------------------------------------------------------
+
+
+def whole_numbers(*shape: int, largest: int = 2) -> Tensor:
+    return torch.randint(-largest, largest + 1, shape).float()
+
+
+@pytest.mark.parametrize("case", [*CASES, *(at for _, at in LAYERS.values())], ids=str)
+@pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool"])
+def test_whole_numbers_give_the_same_bits(name: str, case: Case) -> None:
+    """With |x|, |w|, |dy| <= 2 no sum reaches 2^24: exact in float32, ties and zeros included."""
+    if name == "conv_relu_max_pool" and not pooled(case):
+        return
+    inputs = {
+        "x": whole_numbers(case.N, case.C, case.H, case.W),
+        "weight": whole_numbers(case.K, case.C, 3, 3),
+        "bias": whole_numbers(case.K),
+    }
+    fast, reference = getattr(ops, name), getattr(ops, f"{name}_reference")
+    dy = whole_numbers(*reference(**inputs, padding=case.padding).shape)
+    ours = forward_backward(fast, inputs, case.padding, dy)
+    doubles = {key: value.double() for key, value in inputs.items()}
+    for key, value in forward_backward(reference, doubles, case.padding, dy).items():
+        assert float(value.abs().max()) < 2**24
+        assert torch.equal(ours[key].double(), value), key
+
+
+@pytest.mark.parametrize("case", EMPTY, ids=str)
+@pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool", "conv_bn_relu"])
+def test_no_images(name: str, case: Case) -> None:
+    inputs = INPUTS[name](case)
+    shape = getattr(ops, f"{name}_reference")(**inputs, padding=case.padding).shape
+    found = forward_backward(getattr(ops, name), inputs, case.padding, torch.empty(shape))
+    assert found["y"].shape == shape
+    assert found["dx"].shape == inputs["x"].shape
+    for key in inputs.keys() - {"x", "mean", "var"}:
+        assert torch.equal(found[f"d{key}"], torch.zeros_like(inputs[key])), key
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_gradient_of_x_is_computed_only_if_asked_for(name: str) -> None:
+    case = FEW[0]
+    inputs = INPUTS[name](case)
+    dy = upstream(name, inputs, case.padding)
+    full = forward_backward(getattr(ops, name), inputs, case.padding, dy)
+    for key in ("weight", "bias"):
+        inputs[key].requires_grad_()
+    y = outputs_of(getattr(ops, name), inputs, case.padding)["y"]
+    y.backward(dy)
+    assert inputs["x"].grad is None
+    for key in ("weight", "bias"):
+        assert torch.equal(inputs[key].grad, full[f"d{key}"]), key
+
+
+# ---- memory layouts ------------------------------------------------------------------------------
+
+
+def at_odd_offset(t: Tensor) -> Tensor:
+    """The same values and strides, one float behind the start of their memory: not aligned to a vector."""
+    if t.dim() == 4:
+        t = t.contiguous(memory_format=torch.channels_last)
+    buffer = torch.full((t.numel() + 3,), NAN)
+    return torch.as_strided(buffer, t.shape, t.stride(), 1).copy_(t)
+
+
+def spread_out(t: Tensor) -> Tensor:
+    """Every other column of a wider tensor, NaN between."""
+    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), NAN)
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nchw": lambda t: t.clone(memory_format=torch.contiguous_format),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "odd_offset": at_odd_offset,
+    "spread_out": spread_out,
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch_last": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_layout_does_not_matter(name: str, layout: str) -> None:
+    case = Case(2, 5, 9, 8, 10, 1)
+    inputs = INPUTS[name](case)
+    function, arrange = getattr(ops, name), LAYOUTS[layout]
+    dy = upstream(name, inputs, 1)
+    expected = forward_backward(function, inputs, 1, dy)
+    arranged = {
+        key: arrange(value) if value.dim() == 4 else at_odd_offset(value) for key, value in inputs.items()
+    }
+    found = forward_backward(function, arranged, 1, arrange(dy))
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_expanded_upstream_gradient(name: str) -> None:
+    """``y.sum().backward()`` gives a gradient of stride 0."""
+    inputs = INPUTS[name](FEW[1])
+    shape = upstream(name, inputs, 0).shape
+    expected = forward_backward(getattr(ops, name), inputs, 0, torch.ones(shape))
+    found = forward_backward(getattr(ops, name), inputs, 0, torch.ones(()).expand(shape))
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+# ---- the same bits, always -----------------------------------------------------------------------
+
+
+def convolve_all(name: str, case: Case) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    inputs = INPUTS[name](case)
+    return forward_backward(getattr(ops, name), inputs, case.padding, upstream(name, inputs, case.padding))
+
+
+@pytest.mark.parametrize("case", [*FEW, LAYERS["final-block2_conv2"][1]], ids=str)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_threads_and_repetition_change_no_bit(name: str, case: Case) -> None:
+    torch.set_num_threads(1)
+    expected = convolve_all(name, case)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for key, value in convolve_all(name, case).items():
+            assert torch.equal(value, expected[key]), f"{key} with {threads} threads"
+
+
+def poison(sizes: Sequence[int]) -> None:
+    """Leaves NaN in memory that is free again, for the next tensors of these sizes."""
+    blocks = [torch.empty(size).fill_(NAN) for size in sizes for _ in range(4)]
+    del blocks
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_uninitialised_memory_is_never_read(name: str, case: Case) -> None:
+    """Neither that of the outputs nor the scratch memory that the kernels keep."""
+    expected = convolve_all(name, case)
+    wider = case._replace(H=case.H + 3, W=case.W + 5, C=case.C + 3, K=case.K + 17)
+    for of in (case, wider):  # leaves NaN in the scratch memory
+        poisoned = {key: torch.full_like(value, NAN) for key, value in INPUTS[name](of).items()}
+        dy = torch.full_like(upstream(name, poisoned, of.padding), NAN)
+        forward_backward(getattr(ops, name), poisoned, of.padding, dy)
+    poison([value.numel() for value in expected.values()])
+    for key, value in convolve_all(name, case).items():
+        assert torch.equal(value, expected[key]), key
+
+
+# ---- NaN and infinity ----------------------------------------------------------------------------
+
+
+def same_with_nan(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal, NaN in the same places."""
+    return torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool"])
+def test_relu_keeps_nan_and_infinity_as_torch_does(name: str, value: float) -> None:
+    """NaN stays NaN, -inf becomes 0, inf stays; 0 * inf is NaN. Whole numbers: the rest is exact."""
+    x, weight, bias = whole_numbers(2, 3, 9, 9), whole_numbers(17, 3, 3, 3), whole_numbers(17)
+    x[0, 1, 4, 5] = value
+    x[1, 2, 8, 8] = value
+    reference = getattr(ops, f"{name}_reference")
+    expected = reference(x, weight, bias, 1)
+    assert not expected.isfinite().all()
+    assert same_with_nan(getattr(ops, name)(x, weight, bias, 1), expected)
+
+
+@pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool"])
+def test_gradient_passes_where_the_activation_is_nan(name: str) -> None:
+    """As in torch: only an activation <= 0 stops the gradient, so a NaN loss is seen in the weights."""
+    x, weight, bias = whole_numbers(1, 2, 6, 6), whole_numbers(5, 2, 3, 3), whole_numbers(5)
+    x[0, 0, 0, 0] = NAN  # reaches the first pixel of every channel and no other
+    inputs = {"x": x, "weight": weight, "bias": bias}
+    reference = getattr(ops, f"{name}_reference")
+    dy = torch.zeros_like(reference(**inputs))
+    dy[:, :, 0, 0] = torch.tensor([1.0, -2.0, 3.0, 4.0, 5.0])
+    found = forward_backward(getattr(ops, name), inputs, 0, dy)
+    assert torch.equal(found["dbias"], dy[0, :, 0, 0])
+    for key, value in forward_backward(reference, inputs, 0, dy).items():
+        assert same_with_nan(found[key], value), key
+
+
+@pytest.mark.parametrize("name", ["conv_bn_relu", "conv_bn_relu_train"])
+def test_nan_in_a_channel_stays_in_it(name: str) -> None:
+    inputs = INPUTS[name](Case(2, 3, 5, 6, 6, 0))
+    inputs["weight"][2, 0, 1, 1] = NAN
+    y = outputs_of(getattr(ops, name), inputs, 0)["y"]
+    assert y[:, 2].isnan().all()
+    assert y[:, [0, 1, 3, 4]].isfinite().all()
+
+
+# ---- batch statistics ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e3, 1e4])
+def test_statistics_with_a_large_mean(ratio: float, as_exact_as_torch: Callable[..., None]) -> None:
+    """mean / standard deviation = ratio.
+
+    A value z is stored with an error of eps / 2 |mean|, which moves its squared deviation by eps |mean| times
+    that deviation: eps ratio of the variance cannot be helped. From sums of squares it would be eps ratio^2.
+    """
+    case = Case(2, 3, 17, 40, 45, 0)
+    inputs = bn_inputs(case)
+    inputs["bias"] = ratio * torch.where(torch.arange(case.K) % 2 == 0, 1.0, -1.0)
+    ours = ops.conv_bn_relu_train(**inputs)
+    torch32 = ops.conv_bn_relu_train_reference(**inputs)
+    exact = ops.conv_bn_relu_train_reference(**{key: value.double() for key, value in inputs.items()})
+    for key, *found in zip(("y", "mean", "var"), ours, torch32, exact, strict=True):
+        as_exact_as_torch(*found, name=f"large mean {key}", magnitude=ratio)
+
+
+def test_variance_is_biased(as_exact_as_torch: Callable[..., None]) -> None:
+    inputs = bn_inputs(Case(1, 2, 3, 4, 4, 0))
+    _, mean, var = ops.conv_bn_relu_train(**inputs)
+    z = pre_relu("conv_relu", {key: value.double() for key, value in inputs.items()}, 0)
+    z32 = pre_relu("conv_relu", inputs, 0)
+    as_exact_as_torch(mean, z32.mean((0, 2, 3)), z.mean((0, 2, 3)), 4)
+    as_exact_as_torch(var, z32.var((0, 2, 3), correction=0), z.var((0, 2, 3), correction=0), 4)
+    assert (var < z.var((0, 2, 3)) * 0.8).all()  # 3 / 4 of the unbiased one
+
+
+def test_inference_is_training_with_the_same_statistics(as_exact_as_torch: Callable[..., None]) -> None:
+    case = Case(2, 5, 9, 8, 7, 1)
+    inputs = bn_inputs(case)
+    y, mean, var = ops.conv_bn_relu_train(**inputs, padding=1)
+    exact, *_ = ops.conv_bn_relu_train_reference(**{k: v.double() for k, v in inputs.items()}, padding=1)
+    as_exact_as_torch(ops.conv_bn_relu(**inputs, mean=mean, var=var, padding=1), y, exact, 9 * case.C)
+
+
+# ---- max_pool ------------------------------------------------------------------------------------
+
+POOLS = [(1, 1, 2, 2), (2, 3, 5, 7), (1, 17, 8, 9), (3, 16, 3, 2), (1, 33, 2, 13), (0, 4, 6, 6)]
+
+
+def pool_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    y = function(x)
+    return y.detach(), torch.autograd.grad(y, x, dy)[0]
+
+
+def check_pool(x: Tensor, dy: Tensor | None = None) -> None:
+    dy = torch.randn(*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2) if dy is None else dy
+    found = pool_and_gradient(ops.max_pool, x, dy)
+    for ours, theirs in zip(found, pool_and_gradient(ops.max_pool_reference, x, dy), strict=True):
+        assert ours.shape == theirs.shape
+        assert same_with_nan(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", POOLS, ids=lambda s: "x".join(map(str, s)))
+def test_max_pool(shape: tuple[int, ...]) -> None:
+    check_pool(torch.randn(shape))
+
+
+def test_max_pool_ties_go_to_the_first() -> None:
+    check_pool(torch.zeros(2, 3, 6, 8))
+    check_pool(torch.randint(0, 2, (4, 9, 20, 22)).float())
+    check_pool(torch.full((1, 2, 4, 4), -0.0).index_fill(3, torch.tensor([1, 3]), 0.0))
+    x = torch.zeros(1, 1, 2, 2)
+    _, dx = pool_and_gradient(ops.max_pool, x, torch.full((1, 1, 1, 1), 5.0))
+    assert dx.flatten().tolist() == [5.0, 0.0, 0.0, 0.0]
+
+
+def test_max_pool_of_infinities_and_nan() -> None:
+    """Every window of {-inf, 0, inf, NaN}: -inf is a number like any, NaN is the maximum wherever it is.
+
+    Of several NaN the first gets the gradient; PyTorch gives it to the last.
+    """
+    values = torch.tensor([-INF, 0.0, INF, NAN])
+    windows = torch.cartesian_prod(values, values, values, values).view(256, 1, 2, 2)
+    few = windows[windows.isnan().sum((1, 2, 3)) <= 1]
+    check_pool(few)
+    check_pool(few.permute(1, 0, 2, 3))  # as channels
+    check_pool(torch.full((1, 3, 4, 6), -INF))
+    y, dx = pool_and_gradient(ops.max_pool, windows, torch.ones(256, 1, 1, 1))
+    assert same_with_nan(y, ops.max_pool_reference(windows))
+    several = windows.isnan().sum((1, 2, 3)) > 1
+    first = windows[several].flatten(1).isnan().int().argmax(1)
+    assert torch.equal(dx[several].flatten(1), F.one_hot(first, 4).float())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_max_pool_layouts(layout: str) -> None:
+    arrange = LAYOUTS[layout]
+    check_pool(arrange(torch.randn(2, 5, 7, 9)), arrange(torch.randn(2, 5, 3, 4)))
+
+
+def test_max_pool_threads_repetition_and_poison() -> None:
+    x, dy = torch.randn(3, 17, 21, 23), torch.randn(3, 17, 10, 11)
+    expected = pool_and_gradient(ops.max_pool_reference, x, dy)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        poison([x.numel(), dy.numel()])
+        found = pool_and_gradient(ops.max_pool, x, dy)
+        assert all(map(torch.equal, found, expected))
+
+
+# ---- dense ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("N", "C", "K"), [(1, 1, 1), (2, 17, 5), (8, 300, 33), (3, 16, 512), (0, 4, 3)])
+def test_dense(N: int, C: int, K: int, relu: bool, as_exact_as_torch: Callable[..., None]) -> None:
+    inputs = {"x": torch.randn(N, C), "weight": torch.randn(K, C) / C**0.5, "bias": torch.randn(K)}
+
+    def run(function: Callable[..., Tensor], dtype: torch.dtype, dy: Tensor) -> dict[str, Tensor]:
+        leaves = {key: value.to(dtype).requires_grad_() for key, value in inputs.items()}
+        y = function(**leaves, relu=relu)
+        gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(dtype))
+        return {"y": y.detach(), **dict(zip(("dx", "dweight", "dbias"), gradients, strict=True))}
+
+    z = F.linear(*(value.double() for value in inputs.values()))
+    dy = torch.randn(N, K) * (z.abs() > 1e-4)  # see decided
+    ours = run(ops.dense, torch.float32, dy)
+    torch32 = run(ops.dense_reference, torch.float32, dy)
+    exact = run(ops.dense_reference, torch.float64, dy)
+    for key, value in ours.items():
+        length = {"y": C, "dx": K}.get(key, max(N, 1))
+        as_exact_as_torch(value, torch32[key], exact[key], length, f"dense {key}")
+
+
+# ---- softmax_cross_entropy -----------------------------------------------------------------------
+
+
+def loss_and_gradient(
+    function: Callable[..., Tensor], logits: Tensor, target: Tensor, dloss: float
+) -> tuple[Tensor, Tensor]:
+    logits = logits.detach().requires_grad_()
+    loss = function(logits, target)
+    return loss.detach(), torch.autograd.grad(loss * dloss, logits)[0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (1, 2), (8, 3), (5, 17), (64, 1000)])
+def test_softmax_cross_entropy(N: int, K: int, scale: float, as_exact_as_torch: Callable[..., None]) -> None:
+    logits, target = torch.randn(N, K) * scale, torch.randint(0, K, (N,))
+    dloss = float(torch.randn(()))
+    ours = loss_and_gradient(ops.softmax_cross_entropy, logits, target, dloss)
+    reference = ops.softmax_cross_entropy_reference
+    torch32 = loss_and_gradient(reference, logits, target, dloss)
+    exact = loss_and_gradient(reference, logits.double(), target, dloss)
+    for key, length, *found in zip(("loss", "dlogits"), (N, K), ours, torch32, exact, strict=True):
+        as_exact_as_torch(*found, length, f"softmax_cross_entropy {key}")
+
+
+@pytest.mark.parametrize("row", [[NAN, 0.0, 1.0], [INF, 0.0, 1.0], [INF, INF, 0.0], [-INF, -INF, -INF]])
+def test_softmax_cross_entropy_of_diverged_logits_is_nan(row: list[float]) -> None:
+    logits, target = torch.tensor([row, [0.0, 1.0, 2.0]]), torch.tensor([1, 2])
+    assert ops.softmax_cross_entropy_reference(logits, target).isnan()
+    assert ops.softmax_cross_entropy(logits, target).isnan()
+
+
+def test_softmax_cross_entropy_of_an_impossible_class() -> None:
+    logits = torch.tensor([[0.0, -INF, 1.0]])
+    for target in torch.tensor([[0], [1]]):
+        expected = ops.softmax_cross_entropy_reference(logits, target)
+        torch.testing.assert_close(ops.softmax_cross_entropy(logits, target), expected)
+
+
+@pytest.mark.parametrize("arrange", [at_odd_offset, spread_out, lambda t: t.t().contiguous().t()])
+def test_softmax_cross_entropy_layouts(arrange: Callable[[Tensor], Tensor]) -> None:
+    logits, target = torch.randn(6, 5), torch.randint(0, 5, (12,))[::2]
+    expected = loss_and_gradient(ops.softmax_cross_entropy, logits, target.contiguous(), 2.0)
+    found = loss_and_gradient(ops.softmax_cross_entropy, arrange(logits), target, 2.0)
+    assert all(map(torch.equal, found, expected))
+
+
+# ---- adam_ ---------------------------------------------------------------------------------------
+
+ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-7, "l2": 1e-2}
+
+
+def adam_state(sizes: Sequence[tuple[int, ...]], step: int) -> list[list[Tensor]]:
+    """parameters, gradients, and moments as they are after ``step - 1`` steps (zeros before the first)."""
+    started = float(step > 1)
+    drawn = [[torch.randn(size) for size in sizes] for _ in range(4)]
+    return [*drawn[:2], [m * started for m in drawn[2]], [v.square() * started for v in drawn[3]]]
+
+
+@pytest.mark.parametrize("keras_epsilon", [True, False])
+@pytest.mark.parametrize("step", [1, 2, 1000])
+def test_adam_(step: int, keras_epsilon: bool, as_exact_as_torch: Callable[..., None]) -> None:
+    slice_floats = 16 * 1024  # one task of the kernel
+    sizes = [(1,), (7, 3), (0,), (), *((slice_floats + i,) for i in (-1, 0, 1)), (4, 3, 3, 3)]
+    state = adam_state(sizes, step)
+    arguments = {**ADAM, "step": step, "keras_epsilon": keras_epsilon}
+
+    def run(function: Callable[..., None], dtype: torch.dtype) -> list[list[Tensor]]:
+        own = [[t.to(dtype).clone() for t in group] for group in state]
+        function(*own, **arguments)
+        return own
+
+    ours, torch32 = run(ops.adam_, torch.float32), run(ops.adam_reference, torch.float32)
+    exact = run(ops.adam_reference, torch.float64)
+    for key, *lists in zip(("p", "gradient", "m", "v"), ours, torch32, exact, strict=True):
+        for found in zip(*lists, strict=True):
+            as_exact_as_torch(*found, 8, f"adam_ {key}")  # 8 roundings an update
+
+
+def test_adam_threads_change_no_bit() -> None:
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        state = adam_state([(50_000,), (3,), (16_385,)], step=3)
+        ops.adam_(*state, **ADAM, step=3, keras_epsilon=True)
+        results.append(state)
+    for found in results[1:]:
+        for ours, expected in zip(found, results[0], strict=True):
+            assert all(map(torch.equal, ours, expected))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s[1].pop(), "as many as parameters"),
+        (lambda s: s[1].__setitem__(0, torch.zeros(3)), "gradients must be dense and laid out"),
+        (lambda s: s[2].__setitem__(0, torch.zeros(4, 4).double()), "exp_avgs must be float32"),
+        (lambda s: s[3].__setitem__(0, torch.zeros(4, 4).t().expand(4, 4)[:, ::2]), "exp_avg_sqs must be"),
+        (lambda s: s[1].__setitem__(0, torch.randn(4, 4).t()), "gradients must be dense and laid out"),
+        (lambda s: s[0].__setitem__(0, torch.randn(4, 8)[:, ::2]), "parameters must be dense"),
+    ],
+)
+def test_adam_refuses(change: Callable[[Any], Any], message: str) -> None:
+    state = adam_state([(4, 4)], step=1)
+    change(state)
+    with pytest.raises(RuntimeError, match=message):
+        ops.adam_(*state, **ADAM, step=1, keras_epsilon=True)
+
+
+def test_adam_refuses_step_zero() -> None:
+    with pytest.raises(RuntimeError, match="step must count from 1"):
+        ops.adam_(*adam_state([(4,)], 1), **ADAM, step=0, keras_epsilon=True)
+
+
+# ---- bad arguments -------------------------------------------------------------------------------
+
+
+def refused(name: str, message: str, padding: Any = 0, **changed: Tensor) -> None:
+    inputs = {**INPUTS[name](Case(2, 3, 4, 6, 7, 0)), **changed}
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        getattr(ops, name)(**inputs, padding=padding)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_errors_name_the_argument(name: str) -> None:
+    refused(name, "x must be a batch of images", x=torch.randn(3, 6, 7))
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        refused(name, "x must be float32", x=torch.randn(2, 3, 6, 7).to(dtype))
+    refused(name, "x must be at least 3 pixels", x=torch.randn(2, 3, 2, 7))
+    refused(name, "x must be at least 1 pixels", x=torch.randn(2, 3, 0, 7), padding=1)
+    refused(name, "weight must have size", weight=torch.randn(4, 2, 3, 3))
+    refused(name, "weight must have size", weight=torch.randn(4, 3, 3, 5))
+    refused(name, "weight must have 4 dimensions", weight=torch.randn(4, 27))
+    refused(name, "weight must be float32", weight=torch.randn(4, 3, 3, 3).double())
+    refused(name, "weight must have at least one", weight=torch.randn(4, 0, 3, 3), x=torch.randn(2, 0, 6, 7))
+    for padding in (-1, 2):
+        refused(name, f"padding must be 0 or 1, is {padding}", padding=padding)
+    vectors = INPUTS[name](Case(2, 3, 4, 6, 7, 0)).keys() - {"x", "weight"}
+    for key in vectors:
+        for bad in (torch.rand(3), torch.rand(1), torch.rand(4, 1)):
+            refused(name, f"{key} must have", **{key: bad})
+        refused(name, f"{key} must be float32", **{key: torch.rand(4).double()})
+    for key, value in INPUTS[name](Case(2, 3, 4, 6, 7, 0)).items():
+        if key != "x":
+            refused(name, f"{key} must be on the device of x", **{key: value.to("meta")})
+
+
+def test_errors_of_the_other_ops_name_the_argument() -> None:
+    for function in (ops.max_pool, lambda x: ops.conv_relu_max_pool(x, torch.ones(1, 1, 3, 3), torch.ones(1))):
+        for bad, message in (
+            (torch.randn(1, 5, 5), "x must be a batch of images"),
+            (torch.randn(1, 1, 5, 5).double(), "x must be float32"),
+            (torch.randn(1, 1, 1, 1), "x .*(at least|too small)"),
+        ):
+            with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+                function(bad)
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    for bad_logits, bad_target, message in (
+        (logits[0], target, "logits must have 2 dimensions"),
+        (logits.double(), target, "logits must be float32"),
+        (logits, target[:3], "target must have size 4"),
+        (logits, target.int(), "target must be int64"),
+        (logits, target + 1, "target must hold classes from 0 to 2, has 3"),
+        (logits, target - 1, "target must hold classes from 0 to 2, has -1"),
+        (logits[:0], target[:0], "logits must hold at least one sample"),
+        (logits, target.to("meta"), "target must be on the device of logits"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            ops.softmax_cross_entropy(bad_logits, bad_target)
+    x, weight, bias = torch.randn(2, 5), torch.randn(3, 5), torch.randn(3)
+    for changed, message in (
+        ({"x": torch.randn(2, 4)}, "weight must have shape"),
+        ({"x": torch.randn(2, 5, 1)}, "x must be"),
+        ({"x": x.double()}, "x must be float32"),
+        ({"weight": weight.double()}, "weight must be float32"),
+        ({"bias": bias[:1]}, "bias must have shape"),
+        ({"bias": bias.double()}, "bias must be float32"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            ops.dense(**{"x": x, "weight": weight, "bias": bias, **changed})
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_meta_tensors_give_shapes(name: str) -> None:
+    """Shape inference alone, as torch.device("meta") users expect."""
+    inputs = INPUTS[name](Case(2, 3, 4, 6, 7, 1))
+    meta = outputs_of(getattr(ops, name), {key: value.to("meta") for key, value in inputs.items()}, 1)
+    for key, value in outputs_of(getattr(ops, name), inputs, 1).items():
+        assert meta[key].is_meta
+        assert meta[key].shape == value.shape
+        assert meta[key].stride() == value.stride()
+
+
+# A second derivative is not implemented; it must not come out as a wrong number.
+@pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool", "conv_bn_relu_train"])
+def test_second_derivative_is_refused(name: str) -> None:
+    inputs = {key: value.requires_grad_() for key, value in INPUTS[name](Case(1, 2, 3, 6, 6, 0)).items()}
+    y = outputs_of(getattr(ops, name), inputs, 0)["y"]
+    (dweight,) = torch.autograd.grad(y.square().sum(), inputs["weight"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dweight.square().sum().backward()
+
+
+# ---- registration --------------------------------------------------------------------------------
+
+
+def op_samples() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of every registered operator, as the Python functions above pass them: [N, H, W, C]."""
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, requires_grad=True)
+
+    x, dy, z = torch.randn(2, 7, 6, 3), torch.randn(2, 5, 4, 5), torch.randn(2, 5, 4, 5)
+    weight, vector, positive = torch.randn(5, 3, 3, 3), torch.randn(5), torch.rand(5) + 0.5
+    argmax = torch.randint(0, 4, (2, 2, 2, 5), dtype=torch.uint8)
+    half = torch.randn(2, 2, 2, 5)
+    probabilities, target = torch.rand(4, 3), torch.tensor([0, 2, 1, 1])
+    bn = (leaf(5, 3, 3, 3), leaf(5), leaf(5), leaf(5), 1e-3)
+    settings = (1e-3, 0.9, 0.999, 1e-7, 1e-2, 3)
+    return {
+        "conv_relu": [(leaf(2, 7, 6, 3), leaf(5, 3, 3, 3), leaf(5), p) for p in (0, 1)] + [(x, weight, vector, 0)],
+        "conv_relu_max_pool": [(leaf(2, 7, 6, 3), leaf(5, 3, 3, 3), leaf(5), p) for p in (0, 1)],
+        "conv_bn_relu_train": [(leaf(2, 7, 6, 3), *bn, p) for p in (0, 1)] + [(x, *bn, 0)],
+        "max_pool": [(leaf(2, 7, 6, 3),), (x,)],
+        "softmax_cross_entropy": [(leaf(4, 3), target)],
+        "adam_": [(*adam_state([(3, 2), (4,)], 3), *settings, keras) for keras in (True, False)],
+        "_conv_relu_backward": [(dy, x, weight, z, 0, need_dx) for need_dx in (True, False)],
+        "_conv_relu_max_pool_backward": [(half, x, weight, half, argmax, 0, need) for need in (True, False)],
+        "_conv_bn_relu_train_backward": [
+            (dy, x, weight, z, vector, vector, vector, positive, 1e-3, 0, need) for need in (True, False)
+        ],
+        "_max_pool_backward": [(half, argmax, 5, 4)],
+        "_softmax_cross_entropy_backward": [(torch.tensor(2.0), probabilities, target)],
+    }
+
+
+REGISTERED = sorted(
+    name.removeprefix("maskcore::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("maskcore::")
+)
+
+
+def test_every_registered_op_has_samples() -> None:
+    assert REGISTERED
+    assert op_samples().keys() == set(REGISTERED)
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_opcheck(name: str) -> None:
+    for arguments in op_samples()[name]:
+        torch.library.opcheck(getattr(torch.ops.maskcore, name).default, arguments)
+
+
+# ---- random shapes -------------------------------------------------------------------------------
+
+RANDOM_SECONDS = 10  # for all ops together
+FIRST_SEED = int(os.environ.get("MASKCORE_TEST_SEED", "0"))
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_random_shapes(name: str, as_exact_as_torch: Callable[..., None]) -> None:
+    """Shapes drawn until the time is up, after XNNPACK's FuzzTest. A failure prints what repeats it."""
+    end = time.monotonic() + RANDOM_SECONDS / len(CONVOLUTIONS)
+    seed = FIRST_SEED
+    while time.monotonic() < end:
+        case = random_case(seed)
+        try:
+            check_convolution(name, case, as_exact_as_torch)
+        except Exception as error:
+            raise AssertionError(f"{name} {case!r} after torch.manual_seed({seed})") from error
+        seed += 1
+    assert seed > FIRST_SEED
+
+
+def random_case(seed: int) -> Case:
+    torch.manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        """Small sizes as often as large ones."""
+        bound = int(torch.randint(low, high + 1, ()))
+        return int(torch.randint(low, bound + 1, ()))
+
+    padding = int(torch.randint(0, 2, ()))
+    smallest = 4 - 2 * padding
+    return Case(draw(1, 4), draw(1, 80), draw(1, 150), draw(smallest, 40), draw(smallest, 70), padding)
