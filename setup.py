@@ -67,7 +67,9 @@ def find_nvcc() -> Path | None:
     nvcc = Path(found).resolve() if found else None
     if nvcc is None or not nvcc.exists():
         if wanted == "1":
-            sys.exit("maskcore: MASKCORE_CUDA=1, but there is no nvcc: install CUDA's compiler or set CUDA_HOME")
+            sys.exit(
+                "maskcore: MASKCORE_CUDA=1, but there is no nvcc: install CUDA's compiler or set CUDA_HOME"
+            )
         return None
     return nvcc
 
@@ -79,7 +81,9 @@ def cuda_version(nvcc: Path) -> str:
 
 def gencode_flags() -> list[str]:
     flags = []
-    for architecture in os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES).replace(" ", ";").split(";"):
+    for architecture in (
+        os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES).replace(" ", ";").split(";")
+    ):
         number = architecture.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if architecture.endswith("+PTX"):
@@ -105,12 +109,19 @@ def compile_cuda(nvcc: Path, source: Path, folder: Path) -> str:
     newest = max(path.stat().st_mtime for path in (source, *Path("csrc").glob("*.h")))
     if built.exists() and built.stat().st_mtime > newest:
         return str(built)
-    subprocess.run(
-        [nvcc, "-std=c++20", "-O3", "--Werror", "all-warnings", "--threads", "2"]
-        + ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA", STABLE_ABI]
-        + [*torch_includes(), *gencode_flags(), "-c", source, "-o", built],
-        check=True,
-    )
+    host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    flags = [
+        "-std=c++20",
+        "-O3",
+        "--Werror",
+        "all-warnings",
+        "--threads",
+        "2",
+        *host,
+        "-DUSE_CUDA",
+        STABLE_ABI,
+    ]
+    subprocess.run([nvcc, *flags, *torch_includes(), *gencode_flags(), "-c", source, "-o", built], check=True)
     return str(built)
 
 
@@ -119,7 +130,9 @@ def link_cuda(nvcc: Path, objects: list[str], library: Path) -> None:
     torch = torch_libraries()
     folders = [f"-L{folder}" for folder in torch["library_dirs"]]
     names = [f"-l{name}" for name in torch["libraries"]]
-    subprocess.run([nvcc, "-shared", "-cudart", "static", *objects, *folders, *names, "-o", library], check=True)
+    subprocess.run(
+        [nvcc, "-shared", "-cudart", "static", *objects, *folders, *names, "-o", library], check=True
+    )
 
 
 def cpu_kernels(isa: str, flags: str) -> Extension:
@@ -169,7 +182,9 @@ def build() -> None:
     if nvcc is not None:
         extensions.append(cuda_kernels())
 
-    class Build(BuildExtension):  # type: ignore[misc]
+    class Build(BuildExtension):
+        build_temp: str
+
         def run(self) -> None:
             cuda = f"CUDA {cuda_version(nvcc)}" if nvcc else "no CUDA"
             built_for = f"{', '.join(isas)}; {cuda}; against torch {torch.__version__}"

@@ -25,6 +25,8 @@ struct AdamSlice {
 
 struct AdamStep {
   float step_size, beta1, beta2, epsilon, l2_gradient;  // l2_gradient = 2 l2
+  // Rounded once from double: 1.0f - 0.999f is off by 1e-5 of itself, and v with it.
+  float one_minus_beta1, one_minus_beta2;
 };
 
 /// True if both have p's sizes and strides and leave no hole: they can be walked as flat arrays.
@@ -46,20 +48,21 @@ void adam_slice(const AdamSlice& s, const AdamStep& a) {
   const float* __restrict gradient = s.g;
   for (int64_t i = 0; i < s.size; ++i) {
     const float g = gradient[i] + a.l2_gradient * p[i];
-    m[i] = a.beta1 * m[i] + (1.0f - a.beta1) * g;
-    v[i] = a.beta2 * v[i] + (1.0f - a.beta2) * g * g;
+    m[i] = a.beta1 * m[i] + a.one_minus_beta1 * g;
+    v[i] = a.beta2 * v[i] + a.one_minus_beta2 * g * g;
     p[i] -= a.step_size * m[i] / (std::sqrt(v[i]) + a.epsilon);
   }
 }
 
 void adam_cpu(const std::vector<Tensor>& parameters, const std::vector<Tensor>& gradients,
-              const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs, double lr, double beta1,
-              double beta2, double eps, double l2, int64_t step, bool keras_epsilon) {
+              const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs, double lr,
+              double beta1, double beta2, double eps, double l2, int64_t step, bool keras_epsilon) {
   STD_TORCH_CHECK(gradients.size() == parameters.size() && exp_avgs.size() == parameters.size() &&
                       exp_avg_sqs.size() == parameters.size(),
                   "gradients, exp_avgs and exp_avg_sqs must be as many as parameters");
   STD_TORCH_CHECK(step >= 1, "step must count from 1, is ", step);
-  // Slices of 16K floats: 256 KB of the four arrays, enough work for a thread, small enough to share out evenly.
+  // Slices of 16K floats: 256 KB of the four arrays, enough work for a thread, small enough to share out
+  // evenly.
   constexpr int64_t kSlice = 16 * 1024;
   std::vector<AdamSlice> slices;
   for (size_t i = 0; i < parameters.size(); ++i) {
@@ -85,7 +88,9 @@ void adam_cpu(const std::vector<Tensor>& parameters, const std::vector<Tensor>& 
                    .beta1 = static_cast<float>(beta1),
                    .beta2 = static_cast<float>(beta2),
                    .epsilon = static_cast<float>(keras_epsilon ? eps : eps * correction2),
-                   .l2_gradient = static_cast<float>(2.0 * l2)};
+                   .l2_gradient = static_cast<float>(2.0 * l2),
+                   .one_minus_beta1 = static_cast<float>(1.0 - beta1),
+                   .one_minus_beta2 = static_cast<float>(1.0 - beta2)};
   torch::stable::parallel_for(0, static_cast<int64_t>(slices.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) adam_slice(slices[static_cast<size_t>(i)], a);
   });

@@ -62,7 +62,8 @@ void merge_statistics(const float* statistics, int64_t rows, int64_t Q, int64_t 
     const float* r = statistics + row * 2 * K;
     for (int64_t k = 0; k < K; ++k) {
       // The row's mean as row_statistics rounded it: its squares are about that value.
-      const double d = static_cast<double>(r[k] * (1.0f / static_cast<float>(Q))) - sum[static_cast<size_t>(k)] / pixels;
+      const double d =
+          static_cast<double>(r[k] * (1.0f / static_cast<float>(Q))) - sum[static_cast<size_t>(k)] / pixels;
       squares[static_cast<size_t>(k)] += r[K + k] + row_pixels * d * d;
     }
   }
@@ -74,7 +75,8 @@ void merge_statistics(const float* statistics, int64_t rows, int64_t Q, int64_t 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_cpu(const Tensor& x, const Tensor& weight,
                                                                   const Tensor& bias, const Tensor& gamma,
-                                                                  const Tensor& beta, double eps, int64_t padding) {
+                                                                  const Tensor& beta, double eps,
+                                                                  int64_t padding) {
   const ConvShape s = ConvShape::of(x, weight, padding);
   check_tensor(bias, "bias", {s.K});
   check_tensor(gamma, "gamma", {s.K});
@@ -101,14 +103,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_cpu(const Tensor& 
   float* mean_data = mean.mutable_data_ptr<float>();
   float* var_data = var.mutable_data_ptr<float>();
   merge_statistics(statistics, rows, s.Q, s.K, mean_data, var_data);
-  const Affine affine(s.K, gamma.const_data_ptr<float>(), beta.const_data_ptr<float>(), mean_data, var_data, eps);
+  const Affine affine(s.K, gamma.const_data_ptr<float>(), beta.const_data_ptr<float>(), mean_data, var_data,
+                      eps);
   const float *scale = affine.scale.data(), *shift = affine.shift.data();
   torch::stable::parallel_for(0, rows, 1, [=](int64_t begin, int64_t end) {
     for (int64_t pixel = begin * s.Q; pixel < end * s.Q; ++pixel) {
       const float* z_pixel = z_data + pixel * s.K;
       float* y_pixel = y_data + pixel * s.K;
       for_each_vector(s.K, [&](int64_t k, auto lanes) {
-        store(y_pixel + k, relu(load(scale + k, lanes) * load(z_pixel + k, lanes) + load(shift + k, lanes)), lanes);
+        store(y_pixel + k, relu(load(scale + k, lanes) * load(z_pixel + k, lanes) + load(shift + k, lanes)),
+              lanes);
       });
     }
   });
@@ -116,8 +120,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_cpu(const Tensor& 
 }
 
 /// sums [rows][2][K]: per row of Q pixels the sum of g and of g (z - mean)
-void gradient_sums(const float* dy, const float* z, const Affine& affine, const float* mean, int64_t rows, int64_t Q,
-                   int64_t K, float* sums) {
+void gradient_sums(const float* dy, const float* z, const Affine& affine, const float* mean, int64_t rows,
+                   int64_t Q, int64_t K, float* sums) {
   torch::stable::parallel_for(0, rows, 1, [&, dy, z, mean, sums](int64_t begin, int64_t end) {
     const float *scale = affine.scale.data(), *shift = affine.shift.data();
     for (int64_t row = begin; row < end; ++row) {
@@ -140,8 +144,8 @@ void gradient_sums(const float* dy, const float* z, const Affine& affine, const 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_backward_cpu(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& z, const Tensor& gamma, const Tensor& beta,
-    const Tensor& mean, const Tensor& var, double eps, int64_t padding, bool need_dx) {
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& z, const Tensor& gamma,
+    const Tensor& beta, const Tensor& mean, const Tensor& var, double eps, int64_t padding, bool need_dx) {
   const ConvShape s = ConvShape::of(x, weight, padding);
   check_tensor(dy, "dy", {s.N, s.P, s.Q, s.K});
   check_tensor(z, "z", {s.N, s.P, s.Q, s.K});
@@ -158,7 +162,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_backward_cpu(
   const float* z_data = z.const_data_ptr<float>();
   const float* mean_data = mean.const_data_ptr<float>();
   const float* var_data = var.const_data_ptr<float>();
-  const Affine affine(s.K, gamma.const_data_ptr<float>(), beta.const_data_ptr<float>(), mean_data, var_data, eps);
+  const Affine affine(s.K, gamma.const_data_ptr<float>(), beta.const_data_ptr<float>(), mean_data, var_data,
+                      eps);
 
   const int64_t rows = s.N * s.P;
   float* sums = workspace(Purpose::kStatistics, rows * 2 * s.K);
@@ -180,9 +185,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_backward_cpu(
     slope[k] = static_cast<float>(inv_std * sum_g_zhat / pixels);
   }
 
-  const BatchNormReluGradient gradient{
-      .dy = dy_data, .z = z_data, .scale = affine.scale.data(), .shift = affine.shift.data(), .mean = mean_data,
-      .mean_g = mean_g.data(), .slope = slope.data(), .H = s.P, .W = s.Q, .C = s.K};
+  const BatchNormReluGradient gradient{.dy = dy_data,
+                                       .z = z_data,
+                                       .scale = affine.scale.data(),
+                                       .shift = affine.shift.data(),
+                                       .mean = mean_data,
+                                       .mean_g = mean_g.data(),
+                                       .slope = slope.data(),
+                                       .H = s.P,
+                                       .W = s.Q,
+                                       .C = s.K};
   convolve_backward_weight(s, Activation{x.const_data_ptr<float>(), s.H, s.W, s.C}, gradient,
                            dweight.mutable_data_ptr<float>(), nullptr);
   if (need_dx) {

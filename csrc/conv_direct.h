@@ -46,7 +46,7 @@ inline const float* pack_filter(const float* weight, const ConvShape& s, bool tu
         for (int64_t c = 0; c < s.C; ++c, out += kTileColumns) {
           for (int64_t j = 0; j < kTileColumns; ++j) {
             const int64_t k = panel * kTileColumns + j;
-            out[j] = k >= s.K  ? 0.0f
+            out[j] = k >= s.K ? 0.0f
                      : turned ? weight[(c * s.K + k) * kTaps + (kTaps - 1 - tap)]
                               : weight[(k * s.C + c) * kTaps + tap];
           }
@@ -61,15 +61,15 @@ inline const float* pack_filter(const float* weight, const ConvShape& s, bool tu
 
 /// What the innermost function needs of its surroundings.
 struct ConvTile {
-  const float* x;     // first tap of the tile's first pixel; pixels are C apart
-  int64_t pitch;      // floats from one input row to the next
+  const float* x;  // first tap of the tile's first pixel; pixels are C apart
+  int64_t pitch;   // floats from one input row to the next
   int64_t C;
   const float* w;     // [9 C][kTileColumns]
   const float* bias;  // [lanes], or null
   bool relu;
-  float* y;           // the tile's first output; pixels are K apart
+  float* y;  // the tile's first output; pixels are K apart
   int64_t K;
-  int64_t lanes;      // output channels of this panel, 1..kTileColumns
+  int64_t lanes;  // output channels of this panel, 1..kTileColumns
 };
 
 /// M pixels times kTileColumns output channels: M * 2 accumulators + 2 of w + 1 of x.
@@ -139,9 +139,15 @@ void convolve(const ConvShape& s, int64_t P, int64_t Q, const Source& source, co
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t k = panel * kTileColumns;
         for (int64_t p = first; p < last; ++p) {
-          ConvTile t{.x = nullptr, .pitch = pitch, .C = s.C, .w = filter + k * kTaps * s.C,
-                     .bias = bias == nullptr ? nullptr : bias + k, .relu = relu, .y = nullptr,
-                     .K = s.K, .lanes = std::min<int64_t>(kTileColumns, s.K - k)};
+          ConvTile t{.x = nullptr,
+                     .pitch = pitch,
+                     .C = s.C,
+                     .w = filter + k * kTaps * s.C,
+                     .bias = bias == nullptr ? nullptr : bias + k,
+                     .relu = relu,
+                     .y = nullptr,
+                     .K = s.K,
+                     .lanes = std::min<int64_t>(kTileColumns, s.K - k)};
           const float* x_row = x + (p - first) * pitch;
           float* y_row = out_row(n, p, p - first) + k;
           for_each_tile(Q, [&]<int M>(int64_t q) {
@@ -237,7 +243,8 @@ void convolve_backward_weight(const ConvShape& s, const Input& input, const Grad
     float* g_panels = workspace(Purpose::kGradientPanel, part_panels * rows_max * s.Q * kTileColumns);
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t chunk = piece / k_parts, part = piece % k_parts;
-      const int64_t first_panel = part * part_panels, last_panel = std::min(panels, first_panel + part_panels);
+      const int64_t first_panel = part * part_panels,
+                    last_panel = std::min(panels, first_panel + part_panels);
       float* dw_chunk = partial + chunk * partial_floats;
       float* db_chunk = partial_db + chunk * panels * kTileColumns;
       std::fill(dw_chunk + first_panel * panel_floats, dw_chunk + last_panel * panel_floats, 0.0f);
@@ -299,7 +306,8 @@ void convolve_backward_weight(const ConvShape& s, const Input& input, const Grad
       const int64_t lanes = std::min<int64_t>(kTileColumns, s.K - k);
       for (int64_t c = 0; c < s.C; ++c) {
         float sum[kTileColumns];
-        sum_chunks(partial + panel * panel_floats + (tap * s.C + c) * kTileColumns, partial_floats, chunks, sum);
+        sum_chunks(partial + panel * panel_floats + (tap * s.C + c) * kTileColumns, partial_floats, chunks,
+                   sum);
         for (int64_t j = 0; j < lanes; ++j) dw[((k + j) * s.C + c) * kTaps + tap] = sum[j];
       }
       if (db != nullptr && tap == 0) {

@@ -28,8 +28,8 @@ Tensor conv_relu_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, 
 
 /// The three gradients, given the rows of the gradient in front of the activation.
 template <class Gradient>
-std::tuple<Tensor, Tensor, Tensor> conv_backward(const ConvShape& s, const Gradient& gradient, const Tensor& x,
-                                                 const Tensor& weight, bool need_dx) {
+std::tuple<Tensor, Tensor, Tensor> conv_backward(const ConvShape& s, const Gradient& gradient,
+                                                 const Tensor& x, const Tensor& weight, bool need_dx) {
   Tensor dx = torch::stable::new_empty(x, {need_dx ? s.N : 0, s.H, s.W, s.C});
   Tensor dweight = torch::stable::new_empty(weight, {s.K, s.C, 3, 3});
   Tensor dbias = torch::stable::new_empty(weight, {s.K});
@@ -41,8 +41,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const ConvShape& s, const Gradi
   return {dx, dweight, dbias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_relu_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                                          const Tensor& y, int64_t padding, bool need_dx) {
+std::tuple<Tensor, Tensor, Tensor> conv_relu_backward_cpu(const Tensor& dy, const Tensor& x,
+                                                          const Tensor& weight, const Tensor& y,
+                                                          int64_t padding, bool need_dx) {
   const ConvShape s = ConvShape::of(x, weight, padding);
   check_tensor(dy, "dy", {s.N, s.P, s.Q, s.K});
   check_tensor(y, "y", {s.N, s.P, s.Q, s.K});
@@ -55,7 +56,8 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool_cpu(const Tensor& x, const Tensor&
   const ConvShape s = ConvShape::of(x, weight, padding);
   check_tensor(bias, "bias", {s.K});
   const PoolShape pool{.N = s.N, .H = s.P, .W = s.Q, .C = s.K};
-  STD_TORCH_CHECK(pool.P >= 1 && pool.Q >= 1, "x is too small to be pooled: the convolution gives ", s.P, " x ", s.Q);
+  STD_TORCH_CHECK(pool.P >= 1 && pool.Q >= 1, "x is too small to be pooled: the convolution gives ", s.P,
+                  " x ", s.Q);
   Tensor y = torch::stable::new_empty(x, {s.N, pool.P, pool.Q, s.K});
   Tensor argmax = torch::stable::new_empty(x, {s.N, pool.P, pool.Q, s.K}, ScalarType::Byte);
   float* y_data = y.mutable_data_ptr<float>();
@@ -63,14 +65,17 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool_cpu(const Tensor& x, const Tensor&
   const float* filter = pack_filter(weight.const_data_ptr<float>(), s, /*turned=*/false);
   // The pool drops an odd last row and column: they are not computed.
   const int64_t P = 2 * pool.P, Q = 2 * pool.Q;
-  const auto convolved = [=](int64_t slot) { return workspace(Purpose::kConvolved, 16 * Q * s.K) + slot * Q * s.K; };
+  const auto convolved = [=](int64_t slot) {
+    return workspace(Purpose::kConvolved, 16 * Q * s.K) + slot * Q * s.K;
+  };
   convolve(
       s, P, Q, Activation{x.const_data_ptr<float>(), s.H, s.W, s.C}, filter, bias.const_data_ptr<float>(),
       /*relu=*/true, [=](int64_t, int64_t, int64_t slot) { return convolved(slot); },
       [=](int64_t n, int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; p += 2) {
           const int64_t out = (n * pool.P + p / 2) * pool.Q * s.K;
-          max_pool_row(convolved(p - begin), convolved(p - begin + 1), pool.Q, s.K, y_data + out, argmax_data + out);
+          max_pool_row(convolved(p - begin), convolved(p - begin + 1), pool.Q, s.K, y_data + out,
+                       argmax_data + out);
         }
       });
   return {y, argmax};
@@ -84,8 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward_cpu(const Tensor&
   check_tensor(dy, "dy", {s.N, s.P / 2, s.Q / 2, s.K});
   check_tensor(y, "y", {s.N, s.P / 2, s.Q / 2, s.K});
   check_tensor(argmax, "argmax", {s.N, s.P / 2, s.Q / 2, s.K}, ScalarType::Byte);
-  const PooledReluGradient gradient{dy.const_data_ptr<float>(), y.const_data_ptr<float>(),
-                                    argmax.const_data_ptr<uint8_t>(), s.P, s.Q, s.K};
+  const PooledReluGradient gradient{
+      dy.const_data_ptr<float>(), y.const_data_ptr<float>(), argmax.const_data_ptr<uint8_t>(), s.P, s.Q, s.K};
   return conv_backward(s, gradient, x, weight, need_dx);
 }
 

@@ -1,12 +1,11 @@
 // max_pool: y[n,p,q,c] = max over i,j in {0,1} of x[n,2p+i,2q+j,c], with the place of the first maximum.
 // Bound by memory: reads 4 floats and writes 5 bytes an output.
-#include "max_pool.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <tuple>
 
+#include "max_pool.h"
 #include "shapes.h"
 
 namespace maskcore {

@@ -20,7 +20,8 @@ constexpr int kThreads = 256;
 constexpr int kBlocksPerSM = 6;
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-    max_pool_kernel(const float* __restrict__ x, PoolShape s, float* __restrict__ y, uint8_t* __restrict__ argmax) {
+    max_pool_kernel(const float* __restrict__ x, PoolShape s, float* __restrict__ y,
+                    uint8_t* __restrict__ argmax) {
   const int64_t out = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (out >= s.N * s.P * s.Q * s.C) return;
   const int64_t c = out % s.C, q = out / s.C % s.Q, p = out / s.C / s.Q % s.P, n = out / s.C / s.Q / s.P;

@@ -12,6 +12,10 @@
 #include <emmintrin.h>
 #endif
 
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -21,10 +25,6 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
-
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 namespace py = pybind11;
 
@@ -39,9 +39,8 @@ std::vector<std::string> supported_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && __builtin_cpu_supports("avx512bf16")) isa.emplace_back("avx512bf16");
   if (avx512) isa.emplace_back("avx512");
   if (avx2) isa.emplace_back("avx2");
@@ -64,8 +63,7 @@ std::int64_t parse_size(const std::string& text) {
 
 std::int64_t cache_from_sysfs(const std::string& level) {
   for (int index = 0; index < 8; ++index) {
-    const std::string folder =
-        "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
+    const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
     std::string found_level, type, size;
     std::ifstream(folder + "level") >> found_level;
     std::ifstream(folder + "type") >> type;
@@ -117,8 +115,7 @@ struct Pair {
 Pair widen(std::uint64_t bytes) {
 #if defined(__SSE2__)
   const __m128i zero = _mm_setzero_si128();
-  const __m128i words =
-      _mm_unpacklo_epi8(_mm_cvtsi64_si128(static_cast<long long>(bytes)), zero);
+  const __m128i words = _mm_unpacklo_epi8(_mm_cvtsi64_si128(static_cast<long long>(bytes)), zero);
   return {_mm_cvtepi32_ps(_mm_unpacklo_epi16(words, zero)),
           _mm_cvtepi32_ps(_mm_unpacklo_epi16(_mm_srli_si128(words, 6), zero))};
 #else
@@ -148,8 +145,7 @@ void clip(double slope, double start, double limit, std::int64_t& first, std::in
     const double a = (0 - start) / slope, b = (limit - start) / slope;
     const double low = std::floor(std::min(a, b)) - 1, high = std::ceil(std::max(a, b)) + 2;
     const auto bounded = [&](double x) {
-      return static_cast<std::int64_t>(
-          std::clamp(x, static_cast<double>(first), static_cast<double>(last)));
+      return static_cast<std::int64_t>(std::clamp(x, static_cast<double>(first), static_cast<double>(last)));
     };
     const std::int64_t from = bounded(low), to = bounded(high);
     first = from;
@@ -160,35 +156,41 @@ void clip(double slope, double start, double limit, std::int64_t& first, std::in
 }
 
 // Coordinates of one output row, computed apart from the sampling so that the compiler can
-// vectorise them.
+// vectorise them: hence doubles for what are whole numbers, and pointers that do not alias.
 struct RowPlan {
   std::vector<std::int32_t> at;  // byte offset of the upper left of the four pixels
   std::vector<float> fx, fy;     // weight of the right and of the lower ones
 
   explicit RowPlan(std::int64_t width) : at(width), fx(width), fy(width) {}
 
-  void fill(const Picture& source, const Matrix& m, double y, std::int64_t first,
-            std::int64_t last) {
-    const double start_x = m[1] * y + m[2], start_y = m[4] * y + m[5];
-    // The last row and column have no neighbour: they are reached with weight 1 from the one before.
-    const std::int32_t most_x = static_cast<std::int32_t>(std::max<std::int64_t>(source.width - 2, 0));
-    const std::int32_t most_y = static_cast<std::int32_t>(std::max<std::int64_t>(source.height - 2, 0));
-    const std::int32_t stride = static_cast<std::int32_t>(source.stride);
-    for (std::int64_t x = first; x < last; ++x) {
-      const double from_x = m[0] * static_cast<double>(x) + start_x;
-      const double from_y = m[3] * static_cast<double>(x) + start_y;
-      const std::int32_t left = std::min(static_cast<std::int32_t>(from_x), most_x);
-      const std::int32_t top = std::min(static_cast<std::int32_t>(from_y), most_y);
-      at[x] = top * stride + 3 * left;
-      fx[x] = static_cast<float>(from_x - left);
-      fy[x] = static_cast<float>(from_y - top);
+  void fill(const Picture& source, const Matrix& m, double y, int first, int last) {
+    const double slope_x = m[0], start_x = m[1] * y + m[2];
+    const double slope_y = m[3], start_y = m[4] * y + m[5];
+    // The last row and column have no neighbour: the one before reaches them with weight 1.
+    const double most_x = std::max<double>(static_cast<double>(source.width) - 2, 0);
+    const double most_y = std::max<double>(static_cast<double>(source.height) - 2, 0);
+    const double stride = static_cast<double>(source.stride);
+    std::int32_t* __restrict at_ = at.data();
+    float* __restrict fx_ = fx.data();
+    float* __restrict fy_ = fy.data();
+    for (int x = first; x < last; ++x) {
+      const double from_x = slope_x * x + start_x, from_y = slope_y * x + start_y;
+      const double whole_x = static_cast<std::int32_t>(from_x);
+      const double whole_y = static_cast<std::int32_t>(from_y);
+      const double left = whole_x < most_x ? whole_x : most_x;
+      const double top = whole_y < most_y ? whole_y : most_y;
+      at_[x] = static_cast<std::int32_t>(top * stride + 3 * left);
+      fx_[x] = static_cast<float>(from_x - left);
+      fy_[x] = static_cast<float>(from_y - top);
     }
   }
 };
 
-Float4 sample(const Picture& source, std::int64_t last_load, std::int32_t at, float fx, float fy) {
-  const Pair upper = widen(load_pair(source.pixels, at, last_load));
-  const Pair lower = widen(load_pair(source.pixels, at + source.stride, last_load));
+// The point between four pixels. Inlined by force: as a call it would pass its floats by memory.
+[[gnu::always_inline]] inline Float4 sample(const std::uint8_t* pixels, std::int64_t stride,
+                                            std::int64_t last_load, std::int32_t at, float fx, float fy) {
+  const Pair upper = widen(load_pair(pixels, at, last_load));
+  const Pair lower = widen(load_pair(pixels, at + stride, last_load));
   const Float4 top = upper.left + (upper.right - upper.left) * fx;
   const Float4 bottom = lower.left + (lower.right - lower.left) * fx;
   return top + (bottom - top) * fy;
@@ -209,16 +211,18 @@ void warp_picture(const Picture& source, const Matrix& m, float fill, float scal
     float* line = out + row * out_width * 3;
     std::fill(line, line + 3 * first, limit_fill);
     if (first < last) {
-      plan.fill(source, m, y, first, last);
+      plan.fill(source, m, y, static_cast<int>(first), static_cast<int>(last));
+      const auto pixel_at = [&](std::int64_t x) {
+        return sample(source.pixels, source.stride, last_load, plan.at[x], plan.fx[x], plan.fy[x]) * scale;
+      };
       // Four lanes are stored for three: the next pixel overwrites the fourth. The last pixel
       // has none behind it and is stored by itself.
       for (std::int64_t x = first; x < last - 1; ++x) {
-        const Float4 pixel = sample(source, last_load, plan.at[x], plan.fx[x], plan.fy[x]) * scale;
+        const Float4 pixel = pixel_at(x);
         std::memcpy(line + 3 * x, &pixel, 16);
       }
-      const std::int64_t x = last - 1;
-      const Float4 pixel = sample(source, last_load, plan.at[x], plan.fx[x], plan.fy[x]) * scale;
-      std::memcpy(line + 3 * x, &pixel, 12);
+      const Float4 pixel = pixel_at(last - 1);
+      std::memcpy(line + 3 * (last - 1), &pixel, 12);
     }
     std::fill(line + 3 * last, line + 3 * out_width, limit_fill);
   }
@@ -233,8 +237,8 @@ Picture at_least_two_by_three(const Picture& source, std::vector<std::uint8_t>& 
   room.resize(static_cast<std::size_t>(height * width * 3));
   for (std::int64_t y = 0; y < height; ++y) {
     for (std::int64_t x = 0; x < width; ++x) {
-      const std::uint8_t* pixel = source.pixels + std::min(y, source.height - 1) * source.stride +
-                                  3 * std::min(x, source.width - 1);
+      const std::uint8_t* pixel =
+          source.pixels + std::min(y, source.height - 1) * source.stride + 3 * std::min(x, source.width - 1);
       std::copy(pixel, pixel + 3, room.data() + 3 * (y * width + x));
     }
   }
@@ -244,8 +248,7 @@ Picture at_least_two_by_three(const Picture& source, std::vector<std::uint8_t>& 
 // ---- numpy ----
 
 std::string shape_text(const py::array& array) {
-  return py::str(array.attr("shape")).cast<std::string>() + " " +
-         py::str(array.dtype()).cast<std::string>();
+  return py::str(array.attr("shape")).cast<std::string>() + " " + py::str(array.dtype()).cast<std::string>();
 }
 
 template <typename T>
@@ -272,6 +275,7 @@ Picture source_picture(const py::array& source) {
 float* output_pixels(py::array& out) {
   check_picture<float>(out, "out", "float32");
   if (!out.writeable()) throw py::value_error("out must be writeable");
+  if (out.shape(1) > INT32_MAX) throw py::value_error("out must be narrower than 2^31 pixels");
   return static_cast<float*>(out.mutable_data());
 }
 

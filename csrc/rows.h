@@ -76,8 +76,8 @@ struct BatchNormReluGradient {
   const float* dy;  // [N,H,W,C]
   const float* z;   // [N,H,W,C], the convolution's output
   const float *scale, *shift, *mean;
-  const float* mean_g;     // [C] mean(g)
-  const float* slope;      // [C] inv_std mean(g zhat)
+  const float* mean_g;  // [C] mean(g)
+  const float* slope;   // [C] inv_std mean(g zhat)
   int64_t H, W, C;
 
   void load_row(int64_t n, int64_t h, float* out) const {
@@ -89,7 +89,8 @@ struct BatchNormReluGradient {
       for_each_vector(C, [&](int64_t c, auto lanes) {
         const Vec a = load(scale + c, lanes), z_c = load(z_w + c, lanes);
         const Vec g = relu_gradient(load(dy_w + c, lanes), a * z_c + load(shift + c, lanes));
-        const Vec centred = g - load(mean_g + c, lanes) - (z_c - load(mean + c, lanes)) * load(slope + c, lanes);
+        const Vec centred =
+            g - load(mean_g + c, lanes) - (z_c - load(mean + c, lanes)) * load(slope + c, lanes);
         store(out_w + c, a * centred, lanes);
       });
     }

@@ -26,8 +26,8 @@ inline void check_tensor(const Tensor& tensor, const char* name, std::initialize
                   " dimensions, has ", tensor.dim());
   int64_t i = 0;
   for (const int64_t size : sizes) {
-    STD_TORCH_CHECK(size == kAny || tensor.size(i) == size, name, " must have size ", size,
-                    " in dimension ", i, ", has ", tensor.size(i));
+    STD_TORCH_CHECK(size == kAny || tensor.size(i) == size, name, " must have size ", size, " in dimension ",
+                    i, ", has ", tensor.size(i));
     ++i;
   }
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " must be ",
@@ -45,18 +45,20 @@ struct ConvShape {
     STD_TORCH_CHECK(padding == 0 || padding == 1, "padding must be 0 or 1, is ", padding);
     check_tensor(x, "x", {kAny, kAny, kAny, kAny});
     check_tensor(weight, "weight", {kAny, x.size(3), 3, 3});
-    const ConvShape s{.N = x.size(0), .H = x.size(1), .W = x.size(2), .C = x.size(3),
-                      .K = weight.size(0), .padding = padding};
-    STD_TORCH_CHECK(s.P >= 1 && s.Q >= 1, "x must be at least ", 3 - 2 * padding, " pixels high and wide, is ",
-                    s.H, " x ", s.W);
+    const ConvShape s{.N = x.size(0),
+                      .H = x.size(1),
+                      .W = x.size(2),
+                      .C = x.size(3),
+                      .K = weight.size(0),
+                      .padding = padding};
+    STD_TORCH_CHECK(s.P >= 1 && s.Q >= 1, "x must be at least ", 3 - 2 * padding,
+                    " pixels high and wide, is ", s.H, " x ", s.W);
     STD_TORCH_CHECK(s.C >= 1 && s.K >= 1, "weight must have at least one input and one output channel");
     return s;
   }
 
   /// dx = convolution of dy, padded by 2 - padding, with the filter turned by 180 degrees.
-  ConvShape backward_data() const {
-    return {.N = N, .H = P, .W = Q, .C = K, .K = C, .padding = 2 - padding};
-  }
+  ConvShape backward_data() const { return {.N = N, .H = P, .W = Q, .C = K, .K = C, .padding = 2 - padding}; }
 };
 
 /// 2x2 max-pooling with stride 2; an odd last row or column is dropped (VALID).

@@ -36,7 +36,8 @@ std::tuple<Tensor, Tensor> softmax_cross_entropy_cpu(const Tensor& logits, const
 }
 
 /// dlogits[n,k] = dloss (p[n,k] - [k == target[n]]) / N
-Tensor softmax_cross_entropy_backward_cpu(const Tensor& dloss, const Tensor& probabilities, const Tensor& target) {
+Tensor softmax_cross_entropy_backward_cpu(const Tensor& dloss, const Tensor& probabilities,
+                                          const Tensor& target) {
   check_tensor(dloss, "dloss", {});
   check_tensor(probabilities, "probabilities", {kAny, kAny});
   const int64_t N = probabilities.size(0), K = probabilities.size(1);

@@ -10,7 +10,16 @@
 namespace maskcore {
 
 /// One growing buffer a (thread, purpose). A buffer's content lasts until its next request.
-enum class Purpose : std::uint8_t { kFilter, kRows, kConvolved, kInputPanel, kGradientPanel, kPartial, kStatistics, kCount };
+enum class Purpose : std::uint8_t {
+  kFilter,
+  kRows,
+  kConvolved,
+  kInputPanel,
+  kGradientPanel,
+  kPartial,
+  kStatistics,
+  kCount
+};
 
 inline float* workspace(Purpose purpose, int64_t floats) {
   struct Free {

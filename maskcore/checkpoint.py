@@ -136,10 +136,13 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: str) ->
     """A safetensors file of contiguous CPU copies, with ``meta`` under ``maskcore``; atomic."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
+        temporary.touch()
+        usual = temporary.stat().st_mode  # save_file would leave a file that only its owner may read
         try:
             save_file(ready, temporary, metadata={"format": "pt", "maskcore": meta})
         except safetensors.SafetensorError as error:
             raise OSError(0, str(error)) from error
+        temporary.chmod(usual)
 
 
 def save_weights(path: Path, network: models.Network, meta: Meta) -> None:

@@ -11,33 +11,35 @@ A data set is one of three layouts, found by looking at the folder (``find``):
 3. ``folders``: one folder per class; a folder called ``test`` and hidden folders are no class.
 
 Classes: codes are the competition's (``CLASSES``). Class names that all mean one of its classes
-(``nobody``, ``everybody``, ``not_all``, ``0``, ``1``, ``2`` and the other spellings in ``KNOWN_NAMES``)
+(``nobody``, ``everybody``, ``not_all``, ``0``, ``1``, ``2``; other spellings: ``layouts.KNOWN_NAMES``)
 get its codes, whatever their order in the alphabet and even where a class is missing; other names are
 numbered in sorted order.
 
 What becomes of a picture (by content; the suffix of its name is never looked at):
 
-=================================  ====================================================================
-unreadable, missing, no permission  skipped
-zero bytes, no image, truncated     skipped
-other format than FORMATS           skipped, and never handed to that format's decoder
-over 64 MB or 50 megapixels         skipped without decoding
-wrong suffix                        accepted
-CMYK, YCCK, palette, grey, bilevel  converted to RGB; colour profiles are ignored
-16 bits a channel                   the upper 8 are used
-transparent                         composited over black
-animated                            the first frame
-EXIF-rotated                        turned upright (``Preprocess.exif``)
-1x1 and other small ones            stretched like any other
-a link that leaves the data folder  skipped; so are folders, pipes and devices in a picture's place
-name not in the label file          skipped; so are labels that are no class code, labelled names
-                                    without a file, names with separators, ``..`` or control characters
-listed twice, same label            the first counts, the others are skipped
-listed twice, different labels      skipped, since none of the labels can be trusted
-=================================  ====================================================================
+====================================  =================================================================
+unreadable, missing, no permission    skipped
+zero bytes, no image, truncated       skipped
+other than JPEG, PNG, WebP, GIF, BMP  skipped, and never handed to that format's decoder
+over 64 MB or 50 megapixels           skipped without decoding
+wrong suffix                          accepted
+CMYK, YCCK, palette, grey, bilevel    converted to RGB; colour profiles are ignored
+16 bits a channel                     the upper 8 are used
+transparent                           composited over black
+animated                              the first frame
+EXIF-rotated                          turned upright (``Preprocess.exif``)
+1x1 and other small ones              stretched like any other
+a link that leaves the data folder    skipped; so are folders, pipes and devices in a picture's place
+name not in the label file            skipped; so are labels that are no class code, labelled names
+                                      without a file, names with ``..``, with separators (the CSV may
+                                      have ``/``) or with control characters
+listed twice, same label              the first counts, the others are skipped
+listed twice, different labels        skipped, since none of the labels can be trusted
+====================================  =================================================================
 
 Skipped means: not used, listed as ``Skipped`` with the reason, and the run goes on. A file that turns
-bad during a run is skipped from then on; its batch is one picture smaller.
+bad during a run is skipped from then on; its batch is one picture smaller, the other batches of that
+epoch stay as they were.
 
 Everything random is a function of (seed, epoch, picture), drawn from the counter-based Philox
 generator: the same whatever the number of workers, and after resuming at any batch.

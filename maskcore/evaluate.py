@@ -115,7 +115,7 @@ def _evaluate(namespace: argparse.Namespace) -> int:
             batch_size=namespace.batch_size,
         ):
             outcomes.append(outcome)
-            progress.add(1, "" if progress.due else None)
+            progress.add(1)
     good = np.array([i for i, outcome in enumerate(outcomes) if outcome.logits is not None], int)
     if not len(good):
         raise UserError(f"none of the {len(pictures)} pictures in {found.root} could be read")

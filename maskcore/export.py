@@ -102,7 +102,7 @@ def export_onnx(network: models.Network, meta: Meta, path: Path) -> float | None
     content = proto.SerializeToString()
     difference = None
     if importlib.util.find_spec("onnxruntime") is not None:
-        import onnxruntime  # type: ignore[import-untyped]
+        import onnxruntime
 
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
         difference = _agree(

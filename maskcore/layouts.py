@@ -94,8 +94,9 @@ def _hint(root: Path) -> str:
 def _find_json(root: Path) -> PictureSet | None:
     places = [(root / "train_gt.json", root / "training"), (root / "train_gt.json", root)]
     places += [(root / "training" / "train_gt.json", root / "training")]
-    if root.name in LABELS_OF_FOLDER:
-        places.append((root.parent / LABELS_OF_FOLDER[root.name], root))
+    itself = root.resolve()  # the name of "." too
+    if itself.name in LABELS_OF_FOLDER:
+        places.append((itself.parent / LABELS_OF_FOLDER[itself.name], root))
     for label_file, images in places:
         if label_file.is_file() and images.is_dir():
             rows = [_json_row(name, value) for name, value in _json_entries(label_file)]

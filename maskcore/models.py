@@ -158,9 +158,7 @@ class Network(torch.nn.Module):
         return rows
 
 
-def create(
-    name: str, num_classes: int = 3, image_size: int = 256, *, seed: int | None = None
-) -> Network:
+def create(name: str, num_classes: int = 3, image_size: int = 256, *, seed: int | None = None) -> Network:
     """A new :class:`Network` with glorot-uniform weights and zero biases.
 
     ``seed`` fixes the weights whatever state torch's global generator is in; None draws from that generator.
@@ -235,9 +233,7 @@ def _module(layer: Layer, shape: Shape) -> torch.nn.Module:
     raise ValueError(f"there is no layer for {layer}")
 
 
-def _keras_rows(
-    layer: Layer, shape: Shape, output: Shape
-) -> Iterator[tuple[str, str, Shape, int, int]]:
+def _keras_rows(layer: Layer, shape: Shape, output: Shape) -> Iterator[tuple[str, str, Shape, int, int]]:
     """(name stem, class, output shape, parameters, trainable parameters) of the Keras layers that make up one."""
     match layer:
         case Conv():
@@ -349,9 +345,7 @@ def from_torch_state_dict(network: Network, state: Mapping[str, Tensor]) -> None
     own: dict[str, Tensor] = {}
     for key, value in given.items():
         if value.shape != expected[key].shape:
-            raise UserError(
-                f"{key!r} must have shape {tuple(expected[key].shape)}, has {tuple(value.shape)}"
-            )
+            raise UserError(f"{key!r} must have shape {tuple(expected[key].shape)}, has {tuple(value.shape)}")
         name, leaf = key.rsplit(".", 1)
         if name.endswith("_bn"):
             ours = next(mine for mine, theirs in _BN_NAMES.items() if theirs == leaf)

@@ -69,9 +69,7 @@ class ConvReLU(_Conv):
     down, with ``pool``).
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, padding: int = 0, pool: bool = False
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, padding: int = 0, pool: bool = False) -> None:
         super().__init__(in_channels, out_channels, padding)
         self.pool = pool
         self.reset_parameters()
@@ -113,9 +111,7 @@ class ConvBNReLU(_Conv):
     ) -> None:
         super().__init__(in_channels, out_channels, padding)
         if moving_variance not in ("unbiased", "biased"):
-            raise ValueError(
-                f"moving_variance must be 'unbiased' or 'biased', is {moving_variance!r}"
-            )
+            raise ValueError(f"moving_variance must be 'unbiased' or 'biased', is {moving_variance!r}")
         self.eps = eps
         self.momentum = momentum
         self.moving_variance = moving_variance
@@ -138,9 +134,7 @@ class ConvBNReLU(_Conv):
     def forward(self, x: Tensor) -> Tensor:
         affine = (self.weight, self.bias, self.gamma, self.beta)
         if not self.training:
-            return ops.conv_bn_relu(
-                x, *affine, self.running_mean, self.running_var, self.eps, self.padding
-            )
+            return ops.conv_bn_relu(x, *affine, self.running_mean, self.running_var, self.eps, self.padding)
         y, mean, var = ops.conv_bn_relu_train(x, *affine, self.eps, self.padding)
         self._follow(mean, var, y.shape[0] * y.shape[2] * y.shape[3])
         return y

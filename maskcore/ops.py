@@ -106,9 +106,7 @@ def _conv_relu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _conv_relu_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     need_dx = ctx.needs_input_grad[0]
-    dx, dweight, dbias = _ops._conv_relu_backward(
-        dy.contiguous(), x, weight, y, ctx.padding, need_dx
-    )
+    dx, dweight, dbias = _ops._conv_relu_backward(dy.contiguous(), x, weight, y, ctx.padding, need_dx)
     return dx if need_dx else None, dweight, dbias, None
 
 
@@ -130,9 +128,7 @@ def conv_relu_max_pool(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0
     return _nchw(y)
 
 
-def conv_relu_max_pool_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0
-) -> Tensor:
+def conv_relu_max_pool_reference(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tensor:
     return F.max_pool2d(conv_relu_reference(x, weight, bias, padding), 2)
 
 
@@ -156,9 +152,7 @@ def _(
     return _fake_conv_gradients(x, weight, need_dx)
 
 
-def _conv_relu_max_pool_setup(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
-) -> None:
+def _conv_relu_max_pool_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, ctx.padding = inputs
     y, argmax = output
     ctx.mark_non_differentiable(argmax)
@@ -257,9 +251,7 @@ def conv_bn_relu_train(
     """
     _check_image(x)
     _check_devices("x", x.device, weight=weight, bias=bias, gamma=gamma, beta=beta)
-    y, _, mean, var = _ops.conv_bn_relu_train(
-        _nhwc(x), weight.contiguous(), bias, gamma, beta, eps, padding
-    )
+    y, _, mean, var = _ops.conv_bn_relu_train(_nhwc(x), weight.contiguous(), bias, gamma, beta, eps, padding)
     return _nchw(y), mean, var
 
 
@@ -315,9 +307,7 @@ def _conv_bn_relu_train_setup(
 
 
 @once_differentiable
-def _conv_bn_relu_train_backward(
-    ctx: Any, dy: Tensor, *_statistics: Tensor
-) -> tuple[Tensor | None, ...]:
+def _conv_bn_relu_train_backward(ctx: Any, dy: Tensor, *_statistics: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, z, gamma, beta, mean, var = ctx.saved_tensors
     need_dx = ctx.needs_input_grad[0]
     dx, dweight, dgamma, dbeta = _ops._conv_bn_relu_train_backward(
@@ -515,5 +505,3 @@ def adam_reference(
 @_fake("maskcore::adam_")
 def _(*_arguments: Any) -> None:
     return None
-
-

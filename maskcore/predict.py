@@ -150,7 +150,7 @@ def _predict(namespace: argparse.Namespace) -> int:
             results.append((name, outcome))
             # On the screen itself the lines are the progress.
             if not to_screen:
-                progress.add(1, "" if progress.due else None)
+                progress.add(1)
     good = [(name, r) for name, r in results if r.logits is not None]
     bad = [(name, r) for name, r in results if r.logits is None]
     if to_screen:

@@ -14,8 +14,8 @@ SHOW_SECONDS = 0.2  # between two changes of the figures beside the bar
 class Progress:
     """Counts pictures up to ``total``; a context manager.
 
-    On a terminal it is a tqdm bar on stderr that leaves nothing behind, elsewhere a line a minute
-    on stdout.
+    On a terminal it is a tqdm bar that leaves nothing behind, elsewhere a line a minute; both on
+    stderr, so that stdout has results only.
     """
 
     def __init__(self, title: str, total: int, done: int = 0):
@@ -27,6 +27,9 @@ class Progress:
                 total=total,
                 initial=done,
                 unit=" images",
+                # tqdm's own would turn to seconds an image where that is more than one.
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, "
+                "{rate_noinv_fmt}{postfix}]",
                 leave=False,
                 dynamic_ncols=True,
                 file=sys.stderr,
@@ -49,23 +52,24 @@ class Progress:
         return since >= (SHOW_SECONDS if self._bar is not None else PLAIN_SECONDS)
 
     def add(self, count: int, text: str | None = None) -> None:
-        """Counts ``count`` pictures more; ``text`` (when due) is shown beside."""
+        """Counts ``count`` pictures more; ``text``, wanted when due, is shown beside from then on."""
+        due = self.due
         self._done += count
         if self._bar is not None:
             if text is not None:
                 self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(count)
-        elif text is not None:
-            elapsed = max(time.monotonic() - self._started, 1e-9)
-            rate = (self._done - self._from) / elapsed
-            left = duration((self._total - self._done) / max(rate, 1e-9))
-            share = self._done / max(self._total, 1)
-            print(
-                f"  {self._title}: {share:4.0%}, {rate:.1f} images/s, {left} left, {text}",
-                flush=True,
-            )
-        if text is not None:
+        elif due:
+            print(self._line() + (f", {text}" if text else ""), file=sys.stderr, flush=True)
+        if due:
             self._shown = time.monotonic()
+
+    def _line(self) -> str:
+        elapsed = max(time.monotonic() - self._started, 1e-9)
+        rate = max((self._done - self._from) / elapsed, 1e-9)
+        left = duration((self._total - self._done) / rate)
+        share = self._done / max(self._total, 1)
+        return f"  {self._title}: {share:4.0%}, {rate:.1f} images/s, {left} left"
 
 
 def duration(seconds: float) -> str:

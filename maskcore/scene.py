@@ -877,7 +877,7 @@ def _shelves(canvas: Canvas, stream: Stream, width: int, height: int) -> None:
             wide = width * stream.between(0.02, 0.07)
             tall = room * stream.between(0.4, 0.85)
             if stream.chance(0.85):
-                _box(canvas, x, base - tall, wide - 1, tall, _any_colour(stream))
+                _box(canvas, x, base - tall, max(wide - 1, 0), tall, _any_colour(stream))
             x += wide
         _box(canvas, 0, base - room * 0.08, width, room * 0.08, board)
 

@@ -120,7 +120,10 @@ class Config:
     )
     rotation: float = _setting(10.0, "largest rotation either way, degrees", "augmentation", low=0, high=180)
     shift: float = _setting(
-        10.0, "largest shift either way, pixels of the network's input", "augmentation", low=0
+        10.0,
+        "largest shift either way, pixels of the network's input, or below 1 a share of its side",
+        "augmentation",
+        low=0,
     )
     zoom: float = _setting(0.3, "zoom each axis by 1-zoom to 1+zoom", "augmentation", low=0, high=0.95)
     horizontal_flip: bool = _setting(True, "mirror every second picture", "augmentation")
@@ -167,8 +170,8 @@ class Config:
 
     out: str | None = _setting(
         None,
-        "the run's folder; one that exists is refused (default: runs/MODEL, or runs/MODEL-2 and "
-        "so on if there is one)",
+        "the run's folder; one that exists is refused (default: runs/MODEL or "
+        "runs/quick, with -2 and so on behind it if there is one)",
         "output",
         metavar="DIR",
     )

@@ -155,7 +155,7 @@ def train_step(run: Run, batch: data.Batch) -> tuple[float, int]:
     labels = batch.labels.to(run.device, non_blocking=True)
     logits = run.network(images)
     loss = ops.softmax_cross_entropy(logits, labels)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     run.optimizer.step()
     run.optimizer.zero_grad()
     return loss.item(), int((logits.argmax(1) == labels).sum())
@@ -182,7 +182,7 @@ def validate(run: Run) -> dict[str, Any]:
             total += len(labels)
             cells = (labels * classes + logits.argmax(1)).cpu()
             confusion += torch.bincount(cells, minlength=classes * classes)
-            progress.add(len(labels), "" if progress.due else None)
+            progress.add(len(labels))
             save_between_batches(run)
     matrix = confusion.reshape(classes, classes)
     penalty = float(run.network.penalty(run.config.l2))

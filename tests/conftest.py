@@ -1,4 +1,4 @@
-"""The yardstick that every numerical test measures with, and what keeps the tests independent of each other."""
+"""The yardstick that every numerical test measures with, and what keeps the tests independent."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from torch import Tensor
 EPS32 = torch.finfo(torch.float32).eps
 
 
+def largest(values: Tensor) -> float:
+    """max|values|; NaN if there is one."""
+    return float(values.detach().abs().max())
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     """Every test starts from the same random state and leaves the number of threads as it was."""
@@ -23,13 +28,14 @@ def _same_start() -> Iterator[None]:
 
 @pytest.fixture
 def as_exact_as_torch(record_property: Callable[[str, object], None]) -> Callable[..., None]:
-    """``check(ours, torch32, exact, terms=1, name="", magnitude=0)``: our error is at most twice PyTorch's own.
+    """``check(ours, torch32, exact, terms=1, name="")``: our error is at most twice PyTorch's own.
 
     ``exact`` is the float64 result, ``torch32`` PyTorch's float32 one. PyTorch may be exact by luck, or by a
     shorter chain of additions, so a floor is allowed besides: a sum of ``terms`` numbers is rounded ``terms``
-    times, by eps / 2 of a partial sum (<= max|exact|) each, independently, which makes sqrt(terms) eps / 2 of
-    the largest result; never less than the one eps of storing it. Where a result is the small difference of
-    large numbers, those are what is rounded: ``magnitude`` is their size.
+    times, each time evenly within eps / 2 of the partial sum (standard deviation eps / sqrt(12)), so that
+    sqrt(terms) eps of the largest result is 3.5 standard deviations. ``magnitude`` is the size of the partial
+    sums where the results may be smaller, as the difference of large numbers is. ``measure`` is the largest
+    error, or another norm of it.
     """
 
     def check(
@@ -39,22 +45,20 @@ def as_exact_as_torch(record_property: Callable[[str, object], None]) -> Callabl
         terms: int = 1,
         name: str = "result",
         magnitude: float = 0.0,
+        measure: Callable[[Tensor], float] = largest,
     ) -> None:
         assert ours.dtype == torch.float32, f"{name} is {ours.dtype}"
         assert exact.dtype == torch.float64, f"the reference of {name} is {exact.dtype}"
         assert ours.shape == torch32.shape == exact.shape, f"{name}: {ours.shape}, reference {exact.shape}"
         if exact.numel() == 0:
             return
-        error, yardstick = largest(ours.double() - exact), largest(torch32.double() - exact)
-        floor = max(1.0, math.sqrt(terms) / 2) * EPS32 * max(largest(exact), magnitude)
+        error, yardstick = measure(ours.double() - exact), measure(torch32.double() - exact)
+        floor = math.sqrt(terms) * EPS32 * max(measure(exact), magnitude)
         limit = 2 * yardstick + floor
         record_property(name, f"error {error:.3g} torch {yardstick:.3g} floor {floor:.3g}")
         # A NaN on either side makes the comparison false.
-        assert error <= limit, f"{name}: error {error:.3g} > {limit:.3g} (torch {yardstick:.3g}, floor {floor:.3g})"
+        assert error <= limit, (
+            f"{name}: error {error:.3g} > {limit:.3g} (torch {yardstick:.3g}, floor {floor:.3g})"
+        )
 
     return check
-
-
-def largest(values: Tensor) -> float:
-    """max|values|; NaN if there is one."""
-    return float(values.detach().abs().max())

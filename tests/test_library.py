@@ -1,0 +1,82 @@
+"""Which kernels are loaded, on whose word, and that every instruction set passes the operators' tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import maskcore
+from maskcore import _library
+
+ROOT = Path(__file__).parent.parent
+AVAILABLE = _library.available()
+
+
+def run(*arguments: str, isa: str | None) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "MASKCORE_ISA"}
+    if isa is not None:
+        environment["MASKCORE_ISA"] = isa
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_some_instruction_set_is_available() -> None:
+    assert AVAILABLE
+    assert "baseline" in AVAILABLE
+    assert set(AVAILABLE) <= set(_library.INSTRUCTION_SETS)
+    assert _library.load() in AVAILABLE
+
+
+def test_the_best_is_loaded_unless_told_otherwise() -> None:
+    assert sorted(AVAILABLE, key=_library.INSTRUCTION_SETS.index) == AVAILABLE
+    for isa in (None, ""):
+        found = run("-c", "from maskcore import _library; print(_library.load())", isa=isa)
+        assert found.stdout.strip() == AVAILABLE[0], found.stderr
+
+
+def test_show_config_prints_what_config_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    maskcore.show_config()
+    printed = capsys.readouterr().out
+    found = maskcore.config()
+    assert {"maskcore", "instruction set", "threads", "caches", "torch", "python", "CUDA"} <= found.keys()
+    assert found["instruction set"] == _library.load()
+    assert len(printed.splitlines()) == len(found)
+    for line, (name, value) in zip(printed.splitlines(), found.items(), strict=True):
+        assert line.startswith(name)
+        assert line.endswith(str(value))
+
+
+@pytest.mark.parametrize("isa", _library.INSTRUCTION_SETS)
+def test_override(isa: str) -> None:
+    if isa not in AVAILABLE:
+        pytest.skip(f"{isa} was not built or this processor does not have it")
+    found = run("-c", "import maskcore; maskcore.show_config()", isa=isa)
+    assert found.returncode == 0, found.stderr
+    assert f"instruction set             {isa}\n" in found.stdout
+
+
+@pytest.mark.parametrize("isa", ["sse9", *_library.INSTRUCTION_SETS])
+def test_an_instruction_set_that_is_not_there_is_refused(isa: str) -> None:
+    if isa in AVAILABLE:
+        pytest.skip(f"{isa} is available here")
+    found = run("-c", "import maskcore", isa=isa)
+    assert found.returncode != 0
+    expected = f"MASKCORE_ISA={isa} cannot be used: this machine and build have {', '.join(AVAILABLE)}"
+    assert found.stderr.strip().splitlines()[-1] == f"ImportError: {expected}"
+
+
+@pytest.mark.parametrize("isa", _library.INSTRUCTION_SETS)
+def test_operators_of_the_other_instruction_sets(isa: str) -> None:
+    if isa == _library.load():
+        pytest.skip(f"{isa} is the one that this session tests")
+    if isa not in AVAILABLE:
+        pytest.skip(f"{isa} was not built or this processor does not have it")
+    chosen = ("-k", "not random and not full_size and not opcheck")
+    found = run("-m", "pytest", "tests/test_ops.py", "-q", "-x", "--no-header", *chosen, isa=isa)
+    assert found.returncode == 0, found.stdout[-4000:]
+    assert " passed" in found.stdout
