@@ -32,8 +32,8 @@ def _flops(network: models.Network, n: int) -> int:
 
 def _pair(image_size: int) -> tuple[models.Network, torch.nn.Module]:
     network = models.create("final", image_size=image_size, seed=0)
-    twin: torch.nn.Module = models.torch_twin(network)
-    return network, twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    twin: Any = models.torch_twin(network)
+    return network, twin.to(memory_format=torch.channels_last)
 
 
 def _pictures(n: int, size: int) -> tuple[Tensor, Tensor]:
