@@ -190,6 +190,9 @@ def build() -> None:
             built_for = f"{', '.join(isas)}; {cuda}; against torch {torch.__version__}"
             print(f"maskcore: building for {built_for}", file=sys.stderr, flush=True)
             super().run()
+            # `python -m maskcore.train` in the source folder finds the package there before the installed one.
+            if not self.inplace:
+                self.copy_extensions_to_source()
 
         def build_extension(self, ext: Extension) -> None:
             # The extensions share their sources: each gets a folder of objects of its own.

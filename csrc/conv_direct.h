@@ -26,10 +26,11 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Rows are worked on in blocks whose operands stay in a core's L2 (512 KiB and up): input rows,
 // output rows and one filter panel (9 * 256 * 16 * 4 = 147 KB at the widest layer) together.
 inline constexpr int64_t kRowBlockFloats = 48 * 1024;
+inline constexpr int64_t kMaxRowBlock = 16;
 
 /// Rows of output a task computes: even, so that a block holds whole 2x2 pooling windows.
 inline int64_t row_block(int64_t width, int64_t channels) {
-  return std::clamp<int64_t>(kRowBlockFloats / (width * channels) / 2 * 2, 2, 16);
+  return std::clamp<int64_t>(kRowBlockFloats / (width * channels) / 2 * 2, 2, kMaxRowBlock);
 }
 
 // ---- filters ---------------------------------------------------------------------------------
@@ -72,6 +73,19 @@ struct ConvTile {
   int64_t lanes;  // output channels of this panel, 1..kTileColumns
 };
 
+/// acc[i][:] += x[i stride] w[:]: one step of a register tile, M * 2 multiply-adds.
+template <int M>
+inline __attribute__((always_inline)) void tile_step(Vec (&acc)[M][kTileVectors], const float* x,
+                                                     int64_t stride, const float* w) {
+  const Vec w0 = load(w), w1 = load(w + kLanes);
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    const Vec xi = broadcast(x[i * stride]);
+    acc[i][0] += xi * w0;
+    acc[i][1] += xi * w1;
+  }
+}
+
 /// M pixels times kTileColumns output channels: M * 2 accumulators + 2 of w + 1 of x.
 template <int M>
 void conv_tile(const ConvTile& t) {
@@ -85,15 +99,7 @@ void conv_tile(const ConvTile& t) {
   const float* w = t.w;
   for (int64_t r = 0; r < 3; ++r) {
     const float* x = t.x + r * t.pitch;
-    for (int64_t sc = 0; sc < 3 * t.C; ++sc, w += kTileColumns) {
-      const Vec w0 = load(w), w1 = load(w + kLanes);
-#pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) {
-        const Vec xi = broadcast(x[i * t.C + sc]);
-        acc[i][0] += xi * w0;
-        acc[i][1] += xi * w1;
-      }
-    }
+    for (int64_t sc = 0; sc < 3 * t.C; ++sc, w += kTileColumns) tile_step<M>(acc, x + sc, t.C, w);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
@@ -183,15 +189,7 @@ void conv_weight_tile(const float* x, int64_t x_pitch, const float* g, int64_t r
   Vec acc[M][kTileVectors] = {};
   for (int64_t p = 0; p < rows; ++p) {
     const float* xp = x + p * x_pitch;
-    for (int64_t q = 0; q < Q; ++q, xp += M, g += kTileColumns) {
-      const Vec g0 = load(g), g1 = load(g + kLanes);
-#pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) {
-        const Vec xi = broadcast(xp[i]);
-        acc[i][0] += xi * g0;
-        acc[i][1] += xi * g1;
-      }
-    }
+    for (int64_t q = 0; q < Q; ++q, xp += M, g += kTileColumns) tile_step<M>(acc, xp, 1, g);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {

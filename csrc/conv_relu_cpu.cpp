@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool_cpu(const Tensor& x, const Tensor&
   // The pool drops an odd last row and column: they are not computed.
   const int64_t P = 2 * pool.P, Q = 2 * pool.Q;
   const auto convolved = [=](int64_t slot) {
-    return workspace(Purpose::kConvolved, 16 * Q * s.K) + slot * Q * s.K;
+    return workspace(Purpose::kConvolved, kMaxRowBlock * Q * s.K) + slot * Q * s.K;
   };
   convolve(
       s, P, Q, Activation{x.const_data_ptr<float>(), s.H, s.W, s.C}, filter, bias.const_data_ptr<float>(),

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import torch
 
-from maskcore import _native
+try:
+    from maskcore import _native
+except ImportError as error:
+    raise ImportError(
+        f"maskcore in {Path(__file__).parent} has no kernels for Python {sys.version_info[0]}.{sys.version_info[1]}: "
+        "run `pip install .` in its source folder"
+    ) from error
 
 #: Best first. setup.py builds one ``_kernels_<name>`` object for each that the compiler knows.
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "baseline")
@@ -36,7 +42,7 @@ def _choose() -> str:
             )
         return wanted
     if not usable:
-        raise ImportError("maskcore's kernels are not built: run `pip install .` in its source folder")
+        raise ImportError("no kernels were built for this processor: run `pip install .` in maskcore's source folder")
     return usable[0]
 
 
