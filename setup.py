@@ -2,6 +2,7 @@
 
 Environment:
     MASKCORE_CUDA=0|1     leave CUDA out, or insist on it (default: built where nvcc is found)
+    MASKCORE_BUILD_ISA    instruction sets to build, such as "avx2,baseline" (default: all four)
     CUDA_HOME             where the CUDA toolkit lies (default: that of the nvcc on the PATH)
     TORCH_CUDA_ARCH_LIST  GPU generations to build for, such as "8.0;9.0+PTX"
     MAX_JOBS              compilers that run at once
@@ -53,6 +54,17 @@ def torch_is_found() -> bool:
             sys.path.remove(site_packages)
             return False
     return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+
+
+def instruction_sets() -> dict[str, str]:
+    """Names and flags of the instruction sets to build for."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    known = INSTRUCTION_SETS if x86 else {"baseline": ""}
+    wanted = os.environ.get("MASKCORE_BUILD_ISA", ",".join(known)).split(",")
+    for name in wanted:
+        if name not in known:
+            sys.exit(f"maskcore: MASKCORE_BUILD_ISA has {name!r}: choose from {', '.join(known)}")
+    return {name: known[name] for name in wanted}
 
 
 def find_nvcc() -> Path | None:
@@ -175,8 +187,7 @@ def build() -> None:
     import torch
     from torch.utils.cpp_extension import BuildExtension
 
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    isas = INSTRUCTION_SETS if x86 else {"baseline": ""}
+    isas = instruction_sets()
     nvcc = find_nvcc()
     extensions = [native(), *(cpu_kernels(isa, flags) for isa, flags in isas.items())]
     if nvcc is not None:

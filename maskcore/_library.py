@@ -42,7 +42,9 @@ def _choose() -> str:
             )
         return wanted
     if not usable:
-        raise ImportError("no kernels were built for this processor: run `pip install .` in maskcore's source folder")
+        raise ImportError(
+            "no kernels were built for this processor: run `pip install .` in maskcore's source folder"
+        )
     return usable[0]
 
 
