@@ -45,14 +45,16 @@ Tensor max_pool_backward_cpu(const Tensor& dy, const Tensor& argmax, int64_t H, 
       std::fill(out, out + s.W * s.C, 0.0f);
       if (h / 2 >= s.P) continue;
       const int64_t in = (n * s.P + h / 2) * s.Q * s.C;
+      const int32_t first = h % 2 == 0 ? 0 : 2;
       for (int64_t q = 0; q < s.Q; ++q) {
-        for (int64_t j = 0; j < 2; ++j) {
-          const int64_t place = h % 2 * 2 + j;
-          for (int64_t c = 0; c < s.C; ++c) {
-            const int64_t i = in + q * s.C + c;
-            out[(2 * q + j) * s.C + c] = argmax_data[i] == place ? dy_data[i] : 0.0f;
-          }
-        }
+        float* left = out + 2 * q * s.C;
+        float* right = left + s.C;
+        for_each_vector(s.C, [&](int64_t c, auto lanes) {
+          const Vec g = load(dy_data + in + q * s.C + c, lanes);
+          const Mask place = load_bytes(argmax_data + in + q * s.C + c, lanes);
+          store(left + c, place == first ? g : Vec{}, lanes);
+          store(right + c, place == first + 1 ? g : Vec{}, lanes);
+        });
       }
     }
   });

@@ -35,6 +35,7 @@ QUICK: dict[str, Any] = {
     "shift": 5.0,
     "zoom": 0.1,
     "vertical_flip": False,
+    "no_augment_epochs": 12,
 }
 """What ``--quick`` chooses where neither a flag nor the TOML file does."""
 
