@@ -2,9 +2,10 @@
 // (Ioffe & Szegedy 2015). With M = N*P*Q pixels, per channel:
 //   z = conv(x, weight) + bias;  mean = sum(z) / M;  var = sum((z - mean)^2) / M  (biased)
 //   y = max(scale z + shift, 0),  scale = gamma / sqrt(var + eps),  shift = beta - mean scale
-// The statistics are taken of each block of rows while it is still in cache: a row's own mean and its
-// squares about that mean, merged in row order in double, so that a large mean costs no precision
-// (Chan, Golub & LeVeque 1983) and the result does not depend on the threads.
+// The statistics are taken of each group of outputs while it is still in cache or in registers: sums of
+// z - shift and of its square, with a shift near the group's mean, so that a large mean costs no precision;
+// they are merged in the groups' order in double (Chan, Golub & LeVeque 1983), so that the result does
+// not depend on the threads. A group is a row of the direct convolution, a block of tiles of Winograd's.
 // With y = relu(bn(z)) the bias has no effect on y: its gradient, the sum of dz, is zero for every
 // input, so the backward pass does not compute it.
 #include <torch/csrc/stable/library.h>
@@ -14,7 +15,9 @@
 #include <tuple>
 #include <vector>
 
+#include "conv_backward.h"
 #include "conv_direct.h"
+#include "conv_winograd.h"
 #include "shapes.h"
 
 namespace maskcore {
@@ -32,46 +35,104 @@ struct Affine {
   }
 };
 
-/// row [Q][K] -> sum [K] and squares [K] = sum over the row of (z - row mean)^2
-void row_statistics(const float* row, int64_t Q, int64_t K, float* sum, float* squares) {
-  const float inv_Q = 1.0f / static_cast<float>(Q);
-  for_each_vector(K, [&](int64_t k, auto lanes) {
-    Vec total{};
-    for (int64_t q = 0; q < Q; ++q) total += load(row + q * K + k, lanes);
-    Vec total_squares{};
-    for (int64_t q = 0; q < Q; ++q) {
-      const Vec d = load(row + q * K + k, lanes) - total * inv_Q;
-      total_squares += d * d;
-    }
-    store(sum + k, total, lanes);
-    store(squares + k, total_squares, lanes);
-  });
-}
+/// Sums over groups of outputs, each about a shift of its own.
+struct Moments {
+  int64_t K;
+  std::vector<int64_t> pixels;  // [groups]
+  float* sums;                  // [groups][3][K]: shift, sum of z - shift, sum of (z - shift)^2
 
-/// statistics [rows][2][K] of rows of Q pixels -> mean [K], biased var [K]
-void merge_statistics(const float* statistics, int64_t rows, int64_t Q, int64_t K, float* mean, float* var) {
-  const double pixels = static_cast<double>(rows) * static_cast<double>(Q);
-  const double row_pixels = static_cast<double>(Q);
-  // Rows are the outer loop: the statistics are read in the order they lie in.
-  std::vector<double> sum(static_cast<size_t>(K)), squares(static_cast<size_t>(K));
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* r = statistics + row * 2 * K;
-    for (int64_t k = 0; k < K; ++k) sum[static_cast<size_t>(k)] += r[k];
+  Moments(int64_t groups, int64_t K)
+      : K(K),
+        pixels(static_cast<size_t>(groups)),
+        sums(workspace(Purpose::kStatistics, groups * 3 * K)) {}
+
+  float* shift(int64_t group) const { return sums + group * 3 * K; }
+
+  /// A whole group: row [Q][K], with its mean as the shift.
+  void take_row(int64_t group, const float* row, int64_t Q) const {
+    float* out = shift(group);
+    const float inv_Q = 1.0f / static_cast<float>(Q);
+    for_each_vector(K, [&](int64_t k, auto lanes) {
+      Vec total{};
+      for (int64_t q = 0; q < Q; ++q) total += load(row + q * K + k, lanes);
+      const Vec mean = total * inv_Q;
+      Vec sum{}, squares{};
+      for (int64_t q = 0; q < Q; ++q) {
+        const Vec d = load(row + q * K + k, lanes) - mean;
+        sum += d;
+        squares += d * d;
+      }
+      store(out + k, mean, lanes);
+      store(out + K + k, sum, lanes);
+      store(out + 2 * K + k, squares, lanes);
+    });
   }
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* r = statistics + row * 2 * K;
+
+  /// mean [K], biased var [K]
+  void merge(float* mean, float* var) const {
+    double total = 0;
+    for (const int64_t count : pixels) total += static_cast<double>(count);
+    std::vector<double> sum(static_cast<size_t>(K)), squares(static_cast<size_t>(K));
+    // Groups are the outer loop: the sums are read in the order they lie in.
+    for (size_t group = 0; group < pixels.size(); ++group) {
+      const float* g = shift(static_cast<int64_t>(group));
+      for (int64_t k = 0; k < K; ++k) {
+        sum[static_cast<size_t>(k)] += static_cast<double>(pixels[group]) * g[k] + g[K + k];
+      }
+    }
+    for (size_t group = 0; group < pixels.size(); ++group) {
+      const float* g = shift(static_cast<int64_t>(group));
+      const double count = static_cast<double>(pixels[group]);
+      for (int64_t k = 0; k < K; ++k) {
+        // sum (z - m)^2 = sum (z - shift)^2 + 2 (shift - m) sum (z - shift) + count (shift - m)^2
+        const double d = g[k] - sum[static_cast<size_t>(k)] / total;
+        squares[static_cast<size_t>(k)] += g[2 * K + k] + d * (2.0 * g[K + k] + count * d);
+      }
+    }
     for (int64_t k = 0; k < K; ++k) {
-      // The row's mean as row_statistics rounded it: its squares are about that value.
-      const double d =
-          static_cast<double>(r[k] * (1.0f / static_cast<float>(Q))) - sum[static_cast<size_t>(k)] / pixels;
-      squares[static_cast<size_t>(k)] += r[K + k] + row_pixels * d * d;
+      mean[k] = static_cast<float>(sum[static_cast<size_t>(k)] / total);
+      var[k] = static_cast<float>(squares[static_cast<size_t>(k)] / total);
     }
   }
-  for (int64_t k = 0; k < K; ++k) {
-    mean[k] = static_cast<float>(sum[static_cast<size_t>(k)] / pixels);
-    var[k] = static_cast<float>(squares[static_cast<size_t>(k)] / pixels);
+};
+
+/// z = the convolution plus bias; a block of tiles is a group, its first output the shift.
+struct MomentsOutput {
+  StoreOutput<false> z;
+  Moments& moments;
+  const TileGrid& grid;
+  int64_t blocks;
+
+  template <class Lanes>
+  void save(int64_t block, const Tile& tile, int64_t k, Lanes lanes, const Vec (&y_tile)[kOut][kOut]) const {
+    z.save(block, tile, k, lanes, y_tile);
+    float* out = moments.shift(block) + k;
+    const bool first = grid.number(tile) == block * grid.tiles / blocks;
+    const Vec b = load(z.bias + k, lanes);
+    const Vec shift = first ? y_tile[0][0] + b : load(out, lanes);
+    const Vec offset = b - shift;
+    Vec sum{}, squares{};
+    for (int64_t i = 0; i < tile.height; ++i) {
+      for (int64_t j = 0; j < tile.width; ++j) {
+        const Vec d = y_tile[i][j] + offset;
+        sum += d;
+        squares += d * d;
+      }
+    }
+    if (first) {
+      store(out, shift, lanes);
+    } else {
+      sum += load(out + moments.K, lanes);
+      squares += load(out + 2 * moments.K, lanes);
+    }
+    store(out + moments.K, sum, lanes);
+    store(out + 2 * moments.K, squares, lanes);
+    if (k == 0) {
+      int64_t& pixels = moments.pixels[static_cast<size_t>(block)];
+      pixels = (first ? 0 : pixels) + tile.height * tile.width;
+    }
   }
-}
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_cpu(const Tensor& x, const Tensor& weight,
                                                                   const Tensor& bias, const Tensor& gamma,
@@ -89,20 +150,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_cpu(const Tensor& 
   float* y_data = y.mutable_data_ptr<float>();
   float* z_data = z.mutable_data_ptr<float>();
   const int64_t rows = s.N * s.P, row_floats = s.Q * s.K;
-  float* statistics = workspace(Purpose::kStatistics, rows * 2 * s.K);
-  const float* filter = pack_filter(weight.const_data_ptr<float>(), s, /*turned=*/false);
-  convolve(
-      s, s.P, s.Q, Activation{x.const_data_ptr<float>(), s.H, s.W, s.C}, filter, bias.const_data_ptr<float>(),
-      /*relu=*/false, [=](int64_t n, int64_t p, int64_t) { return z_data + (n * s.P + p) * row_floats; },
-      [=](int64_t n, int64_t begin, int64_t end) {
-        for (int64_t row = n * s.P + begin; row < n * s.P + end; ++row) {
-          float* sum = statistics + row * 2 * s.K;
-          row_statistics(z_data + row * row_floats, s.Q, s.K, sum, sum + s.K);
-        }
-      });
   float* mean_data = mean.mutable_data_ptr<float>();
   float* var_data = var.mutable_data_ptr<float>();
-  merge_statistics(statistics, rows, s.Q, s.K, mean_data, var_data);
+  const Activation input{x.const_data_ptr<float>(), s.H, s.W, s.C};
+  const float *weight_data = weight.const_data_ptr<float>(), *bias_data = bias.const_data_ptr<float>();
+  if (use_winograd(s)) {
+    const TileGrid grid{.N = s.N, .P = s.P, .Q = s.Q};
+    const int64_t blocks = block_count(grid, s.C, s.K);
+    Moments moments(blocks, s.K);
+    const StoreOutput<false> z_output{.y = z_data, .P = s.P, .Q = s.Q, .K = s.K, .bias = bias_data};
+    convolve_winograd(s, grid, input, transform_filters(weight_data, s, /*turned=*/false),
+                      MomentsOutput{.z = z_output, .moments = moments, .grid = grid, .blocks = blocks});
+    moments.merge(mean_data, var_data);
+  } else {
+    Moments moments(rows, s.K);
+    std::fill(moments.pixels.begin(), moments.pixels.end(), s.Q);
+    convolve(
+        s, s.P, s.Q, input, pack_filter(weight_data, s, /*turned=*/false), bias_data, /*relu=*/false,
+        [=](int64_t n, int64_t p, int64_t) { return z_data + (n * s.P + p) * row_floats; },
+        [&](int64_t n, int64_t begin, int64_t end) {
+          for (int64_t row = n * s.P + begin; row < n * s.P + end; ++row) {
+            moments.take_row(row, z_data + row * row_floats, s.Q);
+          }
+        });
+    moments.merge(mean_data, var_data);
+  }
   const Affine affine(s.K, gamma.const_data_ptr<float>(), beta.const_data_ptr<float>(), mean_data, var_data,
                       eps);
   const float *scale = affine.scale.data(), *shift = affine.shift.data();
@@ -195,11 +267,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_backward_cpu(
                                        .H = s.P,
                                        .W = s.Q,
                                        .C = s.K};
-  convolve_backward_weight(s, Activation{x.const_data_ptr<float>(), s.H, s.W, s.C}, gradient,
-                           dweight.mutable_data_ptr<float>(), nullptr);
-  if (need_dx) {
-    convolve_backward_data(s, gradient, weight.const_data_ptr<float>(), dx.mutable_data_ptr<float>());
-  }
+  convolve_backward(s, gradient, x.const_data_ptr<float>(), weight.const_data_ptr<float>(),
+                    need_dx ? dx.mutable_data_ptr<float>() : nullptr, dweight.mutable_data_ptr<float>(),
+                    /*dbias=*/nullptr);
   return {dx, dweight, dgamma, dbeta};
 }
 

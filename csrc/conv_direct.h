@@ -14,14 +14,13 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "rows.h"
+#include "register_tile.h"
+#include "sources.h"
 #include "shapes.h"
 #include "vector.h"
 #include "workspace.h"
 
 namespace maskcore {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows are worked on in blocks whose operands stay in a core's L2 (512 KiB and up): input rows,
 // output rows and one filter panel (9 * 256 * 16 * 4 = 147 KB at the widest layer) together.
@@ -73,19 +72,6 @@ struct ConvTile {
   int64_t lanes;  // output channels of this panel, 1..kTileColumns
 };
 
-/// acc[i][:] += x[i stride] w[:]: one step of a register tile, M * 2 multiply-adds.
-template <int M>
-inline __attribute__((always_inline)) void tile_step(Vec (&acc)[M][kTileVectors], const float* x,
-                                                     int64_t stride, const float* w) {
-  const Vec w0 = load(w), w1 = load(w + kLanes);
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) {
-    const Vec xi = broadcast(x[i * stride]);
-    acc[i][0] += xi * w0;
-    acc[i][1] += xi * w1;
-  }
-}
-
 /// M pixels times kTileColumns output channels: M * 2 accumulators + 2 of w + 1 of x.
 template <int M>
 void conv_tile(const ConvTile& t) {
@@ -108,21 +94,6 @@ void conv_tile(const ConvTile& t) {
       const Vec y = t.relu ? relu(acc[i][j]) : acc[i][j];
       store(t.y + i * t.K + j * kLanes, y, t.lanes - j * kLanes);
     }
-  }
-}
-
-/// Calls f.template operator()<M>(first pixel) for tiles of almost equal height, so that no tile is
-/// too low to hide the latency of a multiply-add (4 cycles, 2 a cycle: 8 accumulators, M >= 4).
-template <int M = kTileRows, class F>
-void for_each_tile(int64_t pixels, const F& f) {
-  const int64_t tiles = ceil_div(pixels, kTileRows), low = pixels / tiles, high_tiles = pixels % tiles;
-  const auto call = [&f]<int... I>(int64_t rows, int64_t pixel, std::integer_sequence<int, I...>) {
-    ((rows == I + 1 ? f.template operator()<I + 1>(pixel) : void()), ...);
-  };
-  for (int64_t tile = 0, pixel = 0; tile < tiles; ++tile) {
-    const int64_t rows = low + (tile < high_tiles ? 1 : 0);
-    call(rows, pixel, std::make_integer_sequence<int, M>());
-    pixel += rows;
   }
 }
 
@@ -215,7 +186,7 @@ inline void sum_chunks(const float* p, int64_t stride, int64_t chunks, float sum
 inline constexpr int64_t kWeightPixels = 256;
 // Pieces the pass is cut into, each with a partial dw of its own. The number is fixed so that the
 // order of the sum does not depend on the threads; 32 pieces keep 16 cores busy.
-inline constexpr int64_t kWeightPieces = 32;
+inline constexpr int64_t kDirectPieces = 32;
 // Output channels of one piece: a wider piece packs x less often, a narrower one has a smaller dw.
 inline constexpr int64_t kWeightChannels = 64;
 
@@ -227,7 +198,7 @@ void convolve_backward_weight(const ConvShape& s, const Input& input, const Grad
   const int64_t width = s.W + 2 * s.padding;
   const int64_t k_parts = ceil_div(s.K, kWeightChannels), part_panels = kWeightChannels / kTileColumns;
   const int64_t image_rows = s.N * s.P;
-  const int64_t chunks = std::max<int64_t>(1, std::min(image_rows, kWeightPieces / k_parts));
+  const int64_t chunks = std::max<int64_t>(1, std::min(image_rows, kDirectPieces / k_parts));
   const int64_t panels = ceil_div(s.K, kTileColumns);
   const int64_t panel_floats = kTaps * s.C * kTileColumns, partial_floats = panels * panel_floats;
   const int64_t rows_max = std::clamp<int64_t>(kWeightPixels / s.Q, 1, 16);

@@ -1,12 +1,14 @@
 // conv_relu:           y = max(conv(x, weight) + bias, 0)
 // conv_relu_max_pool:  y = max_pool(that), without the full-size image ever being stored.
 // Backward: the ReLU mask and the pool's expansion happen while the convolution's passes load the
-// gradient (rows.h), so no intermediate gradient is stored either.
+// gradient (sources.h), so no intermediate gradient is stored either.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "conv_backward.h"
 #include "conv_direct.h"
+#include "conv_winograd.h"
 #include "max_pool.h"
 #include "shapes.h"
 
@@ -18,26 +20,31 @@ Tensor conv_relu_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   check_tensor(bias, "bias", {s.K});
   Tensor y = torch::stable::new_empty(x, {s.N, s.P, s.Q, s.K});
   float* y_data = y.mutable_data_ptr<float>();
-  const float* filter = pack_filter(weight.const_data_ptr<float>(), s, /*turned=*/false);
+  const Activation input{x.const_data_ptr<float>(), s.H, s.W, s.C};
+  const float *weight_data = weight.const_data_ptr<float>(), *bias_data = bias.const_data_ptr<float>();
+  if (use_winograd(s)) {
+    convolve_winograd(s, TileGrid{.N = s.N, .P = s.P, .Q = s.Q}, input,
+                      transform_filters(weight_data, s, /*turned=*/false),
+                      StoreOutput<true>{.y = y_data, .P = s.P, .Q = s.Q, .K = s.K, .bias = bias_data});
+    return y;
+  }
   convolve(
-      s, s.P, s.Q, Activation{x.const_data_ptr<float>(), s.H, s.W, s.C}, filter, bias.const_data_ptr<float>(),
-      /*relu=*/true, [=](int64_t n, int64_t p, int64_t) { return y_data + (n * s.P + p) * s.Q * s.K; },
+      s, s.P, s.Q, input, pack_filter(weight_data, s, /*turned=*/false), bias_data, /*relu=*/true,
+      [=](int64_t n, int64_t p, int64_t) { return y_data + (n * s.P + p) * s.Q * s.K; },
       [](int64_t, int64_t, int64_t) {});
   return y;
 }
 
-/// The three gradients, given the rows of the gradient in front of the activation.
+/// The three gradients, given that at the convolution's output; dx is empty where it is not needed.
 template <class Gradient>
 std::tuple<Tensor, Tensor, Tensor> conv_backward(const ConvShape& s, const Gradient& gradient,
                                                  const Tensor& x, const Tensor& weight, bool need_dx) {
   Tensor dx = torch::stable::new_empty(x, {need_dx ? s.N : 0, s.H, s.W, s.C});
   Tensor dweight = torch::stable::new_empty(weight, {s.K, s.C, 3, 3});
   Tensor dbias = torch::stable::new_empty(weight, {s.K});
-  convolve_backward_weight(s, Activation{x.const_data_ptr<float>(), s.H, s.W, s.C}, gradient,
-                           dweight.mutable_data_ptr<float>(), dbias.mutable_data_ptr<float>());
-  if (need_dx) {
-    convolve_backward_data(s, gradient, weight.const_data_ptr<float>(), dx.mutable_data_ptr<float>());
-  }
+  convolve_backward(s, gradient, x.const_data_ptr<float>(), weight.const_data_ptr<float>(),
+                    need_dx ? dx.mutable_data_ptr<float>() : nullptr, dweight.mutable_data_ptr<float>(),
+                    dbias.mutable_data_ptr<float>());
   return {dx, dweight, dbias};
 }
 
@@ -51,6 +58,29 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_backward_cpu(const Tensor& dy, cons
   return conv_backward(s, gradient, x, weight, need_dx);
 }
 
+/// The 2x2 windows of a tile, pooled in registers.
+struct PoolOutput {
+  float* y;         // [N,P,Q,K]
+  uint8_t* argmax;  // [N,P,Q,K]
+  int64_t P, Q, K;
+  const float* bias;
+
+  template <class Lanes>
+  void save(int64_t, const Tile& tile, int64_t k, Lanes lanes, const Vec (&y_tile)[kOut][kOut]) const {
+    const Vec b = load(bias + k, lanes);
+    const int64_t first = ((tile.n * P + tile.p / 2) * Q + tile.q / 2) * K + k;
+    for (int64_t i = 0; i < tile.height / 2; ++i) {
+      for (int64_t j = 0; j < tile.width / 2; ++j) {
+        const Vec window[4] = {relu(y_tile[2 * i][2 * j] + b), relu(y_tile[2 * i][2 * j + 1] + b),
+                               relu(y_tile[2 * i + 1][2 * j] + b), relu(y_tile[2 * i + 1][2 * j + 1] + b)};
+        const Pooled pooled = max_pool_window(window);
+        store(y + first + (i * Q + j) * K, pooled.best, lanes);
+        store_bytes(argmax + first + (i * Q + j) * K, pooled.place, lanes);
+      }
+    }
+  }
+};
+
 std::tuple<Tensor, Tensor> conv_relu_max_pool_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                                   int64_t padding) {
   const ConvShape s = ConvShape::of(x, weight, padding);
@@ -62,15 +92,22 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool_cpu(const Tensor& x, const Tensor&
   Tensor argmax = torch::stable::new_empty(x, {s.N, pool.P, pool.Q, s.K}, ScalarType::Byte);
   float* y_data = y.mutable_data_ptr<float>();
   uint8_t* argmax_data = argmax.mutable_data_ptr<uint8_t>();
-  const float* filter = pack_filter(weight.const_data_ptr<float>(), s, /*turned=*/false);
+  const Activation input{x.const_data_ptr<float>(), s.H, s.W, s.C};
+  const float *weight_data = weight.const_data_ptr<float>(), *bias_data = bias.const_data_ptr<float>();
   // The pool drops an odd last row and column: they are not computed.
   const int64_t P = 2 * pool.P, Q = 2 * pool.Q;
+  if (use_winograd(s)) {
+    convolve_winograd(
+        s, TileGrid{.N = s.N, .P = P, .Q = Q}, input, transform_filters(weight_data, s, /*turned=*/false),
+        PoolOutput{.y = y_data, .argmax = argmax_data, .P = pool.P, .Q = pool.Q, .K = s.K, .bias = bias_data});
+    return {y, argmax};
+  }
   const auto convolved = [=](int64_t slot) {
     return workspace(Purpose::kConvolved, kMaxRowBlock * Q * s.K) + slot * Q * s.K;
   };
   convolve(
-      s, P, Q, Activation{x.const_data_ptr<float>(), s.H, s.W, s.C}, filter, bias.const_data_ptr<float>(),
-      /*relu=*/true, [=](int64_t, int64_t, int64_t slot) { return convolved(slot); },
+      s, P, Q, input, pack_filter(weight_data, s, /*turned=*/false), bias_data, /*relu=*/true,
+      [=](int64_t, int64_t, int64_t slot) { return convolved(slot); },
       [=](int64_t n, int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; p += 2) {
           const int64_t out = (n * pool.P + p / 2) * pool.Q * s.K;

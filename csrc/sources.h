@@ -1,6 +1,6 @@
-// Where the rows of a convolution's operands come from. A source writes one unpadded row [W][C] of
-// image n; what it computes on the way (ReLU mask, max-pool expansion, batch-norm gradient) is thus
-// fused into the load and never stored as a tensor.
+// Where a convolution's operands come from. A source gives the vector of channels [c, c + lanes) of one
+// pixel; what it computes on the way (ReLU mask, max-pool expansion, batch-norm gradient) is thus fused
+// into the load and never stored as a tensor.
 #pragma once
 
 #include <algorithm>
@@ -20,8 +20,8 @@ struct Activation {
   int64_t H, W, C;
 
   const float* row(int64_t n, int64_t h) const { return x + (n * H + h) * W * C; }
-  void load_row(int64_t n, int64_t h, float* out) const {
-    std::memcpy(out, row(n, h), static_cast<size_t>(W * C) * sizeof(float));
+  Vec load(int64_t n, int64_t h, int64_t w, int64_t c, int64_t lanes) const {
+    return maskcore::load(row(n, h) + w * C + c, lanes);
   }
 };
 
@@ -31,11 +31,9 @@ struct ReluGradient {
   const float* y;   // [N,H,W,C]
   int64_t H, W, C;
 
-  void load_row(int64_t n, int64_t h, float* out) const {
-    const int64_t offset = (n * H + h) * W * C;
-    for_each_vector(W * C, [&](int64_t i, auto lanes) {
-      store(out + i, relu_gradient(load(dy + offset + i, lanes), load(y + offset + i, lanes)), lanes);
-    });
+  Vec load(int64_t n, int64_t h, int64_t w, int64_t c, int64_t lanes) const {
+    const int64_t i = ((n * H + h) * W + w) * C + c;
+    return relu_gradient(maskcore::load(dy + i, lanes), maskcore::load(y + i, lanes));
   }
 };
 
@@ -46,25 +44,12 @@ struct PooledReluGradient {
   const uint8_t* argmax;  // [N,H/2,W/2,C], 2 * (row in the window) + (column in the window)
   int64_t H, W, C;
 
-  void load_row(int64_t n, int64_t h, float* out) const {
-    const int64_t P = H / 2, Q = W / 2;
-    if (h / 2 >= P) {
-      std::fill(out, out + W * C, 0.0f);
-      return;
-    }
-    const int32_t first = h % 2 == 0 ? 0 : 2;
-    for (int64_t q = 0; q < Q; ++q) {
-      const int64_t offset = ((n * P + h / 2) * Q + q) * C;
-      float* left = out + 2 * q * C;
-      float* right = left + C;
-      for_each_vector(C, [&](int64_t c, auto lanes) {
-        const Vec g = relu_gradient(load(dy + offset + c, lanes), load(y + offset + c, lanes));
-        const Mask place = load_bytes(argmax + offset + c, lanes);
-        store(left + c, place == first ? g : Vec{}, lanes);
-        store(right + c, place == first + 1 ? g : Vec{}, lanes);
-      });
-    }
-    std::fill(out + 2 * Q * C, out + W * C, 0.0f);
+  Vec load(int64_t n, int64_t h, int64_t w, int64_t c, int64_t lanes) const {
+    const int64_t P = H / 2, Q = W / 2, p = h >> 1, q = w >> 1;
+    if (p >= P || q >= Q) return Vec{};
+    const int64_t i = ((n * P + p) * Q + q) * C + c;
+    const Vec g = relu_gradient(maskcore::load(dy + i, lanes), maskcore::load(y + i, lanes));
+    return load_bytes(argmax + i, lanes) == static_cast<int32_t>((h & 1) * 2 + (w & 1)) ? g : Vec{};
   }
 };
 
@@ -80,22 +65,27 @@ struct BatchNormReluGradient {
   const float* slope;   // [C] inv_std mean(g zhat)
   int64_t H, W, C;
 
-  void load_row(int64_t n, int64_t h, float* out) const {
-    const int64_t offset = (n * H + h) * W * C;
-    for (int64_t w = 0; w < W; ++w) {
-      const float* dy_w = dy + offset + w * C;
-      const float* z_w = z + offset + w * C;
-      float* out_w = out + w * C;
-      for_each_vector(C, [&](int64_t c, auto lanes) {
-        const Vec a = load(scale + c, lanes), z_c = load(z_w + c, lanes);
-        const Vec g = relu_gradient(load(dy_w + c, lanes), a * z_c + load(shift + c, lanes));
-        const Vec centred =
-            g - load(mean_g + c, lanes) - (z_c - load(mean + c, lanes)) * load(slope + c, lanes);
-        store(out_w + c, a * centred, lanes);
-      });
-    }
+  Vec load(int64_t n, int64_t h, int64_t w, int64_t c, int64_t lanes) const {
+    const int64_t i = ((n * H + h) * W + w) * C + c;
+    const Vec a = maskcore::load(scale + c, lanes), z_c = maskcore::load(z + i, lanes);
+    const Vec g = relu_gradient(maskcore::load(dy + i, lanes), a * z_c + maskcore::load(shift + c, lanes));
+    const Vec centred = g - maskcore::load(mean_g + c, lanes) -
+                        (z_c - maskcore::load(mean + c, lanes)) * maskcore::load(slope + c, lanes);
+    return a * centred;
   }
 };
+
+/// One row of a source: [W][C].
+template <class Source>
+void load_row(const Source& source, int64_t n, int64_t h, float* out) {
+  for (int64_t w = 0; w < source.W; ++w, out += source.C) {
+    for_each_vector(source.C,
+                    [&](int64_t c, auto lanes) { store(out + c, source.load(n, h, w, c, lanes), lanes); });
+  }
+}
+inline void load_row(const Activation& source, int64_t n, int64_t h, float* out) {
+  std::memcpy(out, source.row(n, h), static_cast<size_t>(source.W * source.C) * sizeof(float));
+}
 
 /// Rows [begin, end) of image n with a margin of zeros all around (row 0 is the first margin row).
 /// Returns the first row; rows are (W + 2 margin) * C floats apart. `scratch` holds them where they
@@ -110,7 +100,7 @@ const float* padded_rows(const Source& source, int64_t margin, int64_t n, int64_
       std::fill(out, out + pitch, 0.0f);
     } else {
       std::fill(out, out + edge, 0.0f);
-      source.load_row(n, h - margin, out + edge);
+      load_row(source, n, h - margin, out + edge);
       std::fill(out + pitch - edge, out + pitch, 0.0f);
     }
   }
