@@ -1,5 +1,5 @@
 // The gradients of a convolution, by Winograd or directly. `gradient` is a source (sources.h) of the gradient at
-// the convolution's output; it is read once for the filter and once for the input.
+// the convolution's output.
 #pragma once
 
 #include "conv_direct.h"
@@ -13,8 +13,7 @@ void convolve_backward(const ConvShape& s, const Gradient& gradient, const float
                        float* dx, float* dweight, float* dbias) {
   const Activation input{x, s.H, s.W, s.C};
   if (use_winograd(s)) {
-    convolve_backward_weight_winograd(s, input, gradient, dweight, dbias);
-    if (dx != nullptr) convolve_backward_data_winograd(s, gradient, weight, dx);
+    convolve_backward_winograd(s, input, gradient, weight, dx, dweight, dbias);
   } else {
     convolve_backward_weight(s, input, gradient, dweight, dbias);
     if (dx != nullptr) convolve_backward_data(s, gradient, weight, dx);

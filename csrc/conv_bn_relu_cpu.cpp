@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_cpu(const Tensor& 
     const int64_t blocks = block_count(grid, s.C, s.K);
     Moments moments(blocks, s.K);
     const StoreOutput<false> z_output{.y = z_data, .P = s.P, .Q = s.Q, .K = s.K, .bias = bias_data};
-    convolve_winograd(s, grid, input, transform_filters(weight_data, s, /*turned=*/false),
+    convolve_winograd(s, grid, input, transform_filters(weight_data, FilterShape::forward(s.K, s.C)),
                       MomentsOutput{.z = z_output, .moments = moments, .grid = grid, .blocks = blocks});
     moments.merge(mean_data, var_data);
   } else {

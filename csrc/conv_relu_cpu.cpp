@@ -4,6 +4,8 @@
 // gradient (sources.h), so no intermediate gradient is stored either.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <optional>
 #include <tuple>
 
 #include "conv_backward.h"
@@ -15,7 +17,28 @@
 namespace maskcore {
 namespace {
 
-Tensor conv_relu_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t padding) {
+/// The filters of Winograd's forward pass, for calls that have the same weight: 4 times its size.
+Tensor transform_filter_cpu(const Tensor& weight) {
+  check_tensor(weight, "weight", {kAny, kAny, 3, 3});
+  const FilterShape f = FilterShape::forward(weight.size(0), weight.size(1));
+  Tensor transformed = torch::stable::new_empty(weight, {f.widest_floats()});
+  float* out = transformed.mutable_data_ptr<float>();
+  transform_filters(weight.const_data_ptr<float>(), f, out);
+  std::fill(out + kComponents * f.component_floats, out + f.widest_floats(), 0.0f);
+  return transformed;
+}
+
+/// The given transform_filter(weight), or a new one in scratch memory.
+const float* transformed_filter(const ConvShape& s, const float* weight,
+                                const std::optional<Tensor>& transformed) {
+  const FilterShape f = FilterShape::forward(s.K, s.C);
+  if (!transformed.has_value()) return transform_filters(weight, f);
+  check_tensor(*transformed, "transformed", {f.widest_floats()});
+  return transformed->const_data_ptr<float>();
+}
+
+Tensor conv_relu_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t padding,
+                     const std::optional<Tensor>& transformed) {
   const ConvShape s = ConvShape::of(x, weight, padding);
   check_tensor(bias, "bias", {s.K});
   Tensor y = torch::stable::new_empty(x, {s.N, s.P, s.Q, s.K});
@@ -24,7 +47,7 @@ Tensor conv_relu_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   const float *weight_data = weight.const_data_ptr<float>(), *bias_data = bias.const_data_ptr<float>();
   if (use_winograd(s)) {
     convolve_winograd(s, TileGrid{.N = s.N, .P = s.P, .Q = s.Q}, input,
-                      transform_filters(weight_data, s, /*turned=*/false),
+                      transformed_filter(s, weight_data, transformed),
                       StoreOutput<true>{.y = y_data, .P = s.P, .Q = s.Q, .K = s.K, .bias = bias_data});
     return y;
   }
@@ -82,7 +105,8 @@ struct PoolOutput {
 };
 
 std::tuple<Tensor, Tensor> conv_relu_max_pool_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                                  int64_t padding) {
+                                                  int64_t padding,
+                                                  const std::optional<Tensor>& transformed) {
   const ConvShape s = ConvShape::of(x, weight, padding);
   check_tensor(bias, "bias", {s.K});
   const PoolShape pool{.N = s.N, .H = s.P, .W = s.Q, .C = s.K};
@@ -98,7 +122,7 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool_cpu(const Tensor& x, const Tensor&
   const int64_t P = 2 * pool.P, Q = 2 * pool.Q;
   if (use_winograd(s)) {
     convolve_winograd(
-        s, TileGrid{.N = s.N, .P = P, .Q = Q}, input, transform_filters(weight_data, s, /*turned=*/false),
+        s, TileGrid{.N = s.N, .P = P, .Q = Q}, input, transformed_filter(s, weight_data, transformed),
         PoolOutput{.y = y_data, .argmax = argmax_data, .P = pool.P, .Q = pool.Q, .K = s.K, .bias = bias_data});
     return {y, argmax};
   }
@@ -135,6 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward_cpu(const Tensor&
 }  // namespace maskcore
 
 STABLE_TORCH_LIBRARY_IMPL(maskcore, CPU, m) {
+  m.impl("transform_filter", TORCH_BOX(&maskcore::transform_filter_cpu));
   m.impl("conv_relu", TORCH_BOX(&maskcore::conv_relu_cpu));
   m.impl("_conv_relu_backward", TORCH_BOX(&maskcore::conv_relu_backward_cpu));
   m.impl("conv_relu_max_pool", TORCH_BOX(&maskcore::conv_relu_max_pool_cpu));

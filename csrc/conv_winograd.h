@@ -10,14 +10,14 @@
 // a = 5/8 and b = 3/2 are exact in binary and give half the rounding error of the usual 1 and 2.
 // In two dimensions every transform is applied to the columns and then to the rows:
 //   forward          Y  = A^T [U . V] A,   U = G g G^T,  V = B^T X B
-//   backward data    the forward pass of the gradient with the filter turned by 180 degrees
-//   backward weight  dg = G^T [sum over tiles of V . dM] G,  dM = A dY A^T   (the exact adjoint)
-// The products over channels (forward) or tiles (backward weight) are 36 matrix products, one a component.
+//   backward         dM = A dY A^T,  dX = B [U . dM] B^T,  dg = G^T [sum over tiles of V . dM] G
+// (the exact adjoint; 6 x 6 inputs of neighbouring tiles overlap by 2, where dX is their sum). The products over
+// input channels, output channels or tiles are 36 matrix products each, one a component.
 //
 // A block of tiles is transformed, multiplied and transformed back while it lies in a core's L2 cache.
 // A number of the output depends on its tile alone, and every sum over tiles runs in their order:
 // results are bit-identical from run to run and for any number of threads. A NaN or an infinity in the
-// input reaches all outputs of the tiles that see it, a few more than in the direct convolution.
+// input may reach any output of the tiles that see it, not only the 3x3 around it.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -76,6 +76,18 @@ inline void transform_input(const Vec (&d)[kIn], Vec (&v)[kIn]) {
   v[3] = even_b + odd_b;
   v[4] = even_b - odd_b;
   v[5] = kA2 * kB2 * d[1] + (d[5] - (kA2 + kB2) * d[3]);
+}
+
+/// B: the adjoint of transform_input.
+inline void transform_input_gradient(const Vec (&v)[kIn], Vec (&d)[kIn]) {
+  const Vec sum_a = v[1] + v[2], difference_a = kA * (v[1] - v[2]);
+  const Vec sum_b = v[3] + v[4], difference_b = kB * (v[3] - v[4]);
+  d[0] = kA2 * kB2 * v[0];
+  d[1] = kA2 * kB2 * v[5] - (kB2 * difference_a + kA2 * difference_b);
+  d[2] = -(kA2 + kB2) * v[0] - (kB2 * sum_a + kA2 * sum_b);
+  d[3] = (difference_a + difference_b) - (kA2 + kB2) * v[5];
+  d[4] = v[0] + (sum_a + sum_b);
+  d[5] = v[5];
 }
 
 /// A^T: products -> 4 outputs.
@@ -148,30 +160,51 @@ inline __attribute__((always_inline)) void transform_square(void (&transform)(co
 
 // ---- filters ---------------------------------------------------------------------------------
 
-/// U: [36][panels of K][C][kTileColumns], zero-padded in K. `turned` is as in pack_filter.
-inline const float* transform_filters(const float* weight, const ConvShape& s, bool turned) {
-  const int64_t panels = ceil_div(s.K, kTileColumns), component = panels * s.C * kTileColumns;
-  float* transformed = workspace(Purpose::kFilter, kComponents * component);
-  torch::stable::parallel_for(0, panels * s.C, 16, [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t panel = row / s.C, c = row % s.C, first = panel * kTileColumns;
-      const int64_t lanes = std::min<int64_t>(kTileColumns, s.K - first);
+/// The filters G g G^T as the products read them: [36][panels of columns][rows][kTileColumns], zero-padded in the
+/// columns. Forward the rows are input channels and the columns output channels; backward they are exchanged.
+struct FilterShape {
+  int64_t rows, columns;
+  int64_t row_stride, column_stride;  // in the weight, floats
+  int64_t panels = ceil_div(columns, kTileColumns);
+  int64_t component_floats = panels * rows * kTileColumns;
+
+  /// Room for the panels of any instruction set (vector.h): the widest has 32 columns.
+  int64_t widest_floats() const { return kComponents * rows * ceil_div(columns, 32) * 32; }
+
+  static FilterShape forward(int64_t K, int64_t C) {
+    return {.rows = C, .columns = K, .row_stride = kTaps, .column_stride = C * kTaps};
+  }
+  static FilterShape backward(int64_t K, int64_t C) {
+    return {.rows = K, .columns = C, .row_stride = C * kTaps, .column_stride = kTaps};
+  }
+};
+
+inline void transform_filters(const float* weight, const FilterShape& f, float* out) {
+  torch::stable::parallel_for(0, f.panels * f.rows, 16, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / f.rows * kTileColumns;
+      const float* g = weight + i % f.rows * f.row_stride + first * f.column_stride;
+      const int64_t lanes = std::min<int64_t>(kTileColumns, f.columns - first);
       alignas(kVectorBytes) float taps[kTaps][kTileColumns] = {};
       for (int64_t j = 0; j < lanes; ++j) {
-        const int64_t k = first + j;
-        const float* g = weight + (turned ? c * s.K + k : k * s.C + c) * kTaps;
-        for (int64_t tap = 0; tap < kTaps; ++tap) taps[tap][j] = g[turned ? kTaps - 1 - tap : tap];
+        for (int64_t tap = 0; tap < kTaps; ++tap) taps[tap][j] = g[j * f.column_stride + tap];
       }
       for (int j = 0; j < kTileColumns; j += kLanes) {
         transform_square<3, kIn>(
             transform_filter, [&](int r, int t) { return load(taps[3 * r + t] + j); },
             [&](int r, int t, Vec u) {
-              store(transformed + (kIn * r + t) * component + row * kTileColumns + j, u);
+              store(out + (kIn * r + t) * f.component_floats + i * kTileColumns + j, u);
             });
       }
     }
   });
-  return transformed;
+}
+
+/// In scratch memory.
+inline const float* transform_filters(const float* weight, const FilterShape& f) {
+  float* out = workspace(Purpose::kFilter, kComponents * f.component_floats);
+  transform_filters(weight, f, out);
+  return out;
 }
 
 // ---- tiles -----------------------------------------------------------------------------------
@@ -215,16 +248,36 @@ void for_each_grid_tile(const TileGrid& grid, int64_t begin, int64_t end, const 
   }
 }
 
+/// The components of up to `capacity` tiles: [36][panel of channels][tile][kTileColumns].
+struct TilePanels {
+  int64_t channels, capacity;
+  int64_t panels = ceil_div(channels, kTileColumns);
+  int64_t panel_floats = capacity * kTileColumns;
+  int64_t component_floats = panels * panel_floats + kTileColumns;  // off the last one's cache sets
+  float* data = nullptr;
+
+  TilePanels(Purpose purpose, int64_t channels, int64_t capacity) : channels(channels), capacity(capacity) {
+    data = workspace(purpose, kComponents * component_floats);
+  }
+  float* at(int64_t component, int64_t panel, int64_t tile) const {
+    return data + component * component_floats + panel * panel_floats + tile * kTileColumns;
+  }
+  /// Component 0 of a tile's channels from c on; c is a multiple of kLanes.
+  float* channel(int64_t tile, int64_t c) const {
+    return at(0, c / kTileColumns, tile) + c % kTileColumns;
+  }
+};
+
 /// V of one tile, whose first input is at (h, w), which may be in the margin of zeros.
-/// place(component, c) -> float* is where kLanes numbers from channel c on go.
-template <class Source, class Place>
-void load_input_tile(const Source& source, int64_t n, int64_t h, int64_t w, const Place& place) {
+template <class Source>
+void load_input_tile(const Source& source, int64_t n, int64_t h, int64_t w, const TilePanels& v, int64_t at) {
   const bool inside = h >= 0 && w >= 0 && h + kIn <= source.H && w + kIn <= source.W;
   const auto transform = [&](const auto& load) {
     for_each_vector(source.C, [&](int64_t c, auto lanes) {
+      float* out = v.channel(at, c);
       transform_square<kIn, kIn>(
           transform_input, [&](int i, int j) { return load(h + i, w + j, c, lanes); },
-          [&](int i, int j, Vec v) { store(place(kIn * i + j, c), v); });
+          [&](int i, int j, Vec value) { store(out + (kIn * i + j) * v.component_floats, value); });
     });
   };
   if (inside) {
@@ -236,33 +289,33 @@ void load_input_tile(const Source& source, int64_t n, int64_t h, int64_t w, cons
   }
 }
 
-/// dM of one tile of the gradient, as load_input_tile; sum[c] += the gradient of the tile's outputs.
-template <class Gradient, class Place>
-void load_gradient_tile(const Gradient& gradient, const Tile& tile, const Place& place, float* sum) {
-  const auto transform = [&](const auto& load) {
-    for_each_vector(gradient.C, [&](int64_t c, auto lanes) {
-      Vec total = maskcore::load(sum + c, lanes);
-      transform_square<kOut, kIn>(
-          transform_gradient,
-          [&](int i, int j) {
-            const Vec g = load(i, j, c, lanes);
-            total += g;
-            return g;
-          },
-          [&](int i, int j, Vec m) { store(place(kIn * i + j, c), m); });
-      store(sum + c, total, lanes);
-    });
-  };
-  if (tile.whole()) {
-    transform([&](int i, int j, int64_t c, auto lanes) {
-      return gradient.load(tile.n, tile.p + i, tile.q + j, c, lanes);
-    });
-  } else {
-    transform([&](int i, int j, int64_t c, auto lanes) {
-      return i < tile.height && j < tile.width ? gradient.load(tile.n, tile.p + i, tile.q + j, c, lanes)
-                                               : Vec{};
-    });
-  }
+/// dM of one tile of the gradient; sum[c] += the gradient of the tile's outputs.
+template <class Gradient>
+void load_gradient_tile(const Gradient& gradient, const Tile& tile, const TilePanels& m, int64_t at,
+                        float* sum) {
+  for_each_vector(gradient.C, [&](int64_t c, auto lanes) {
+    Vec g[kOut][kOut];
+    if (tile.whole()) {
+      load_square(gradient, tile.n, tile.p, tile.q, c, lanes, g);
+    } else {
+      for (int i = 0; i < kOut; ++i) {
+        for (int j = 0; j < kOut; ++j) {
+          const bool inside = i < tile.height && j < tile.width;
+          g[i][j] = inside ? gradient.load(tile.n, tile.p + i, tile.q + j, c, lanes) : Vec{};
+        }
+      }
+    }
+    Vec total = load(sum + c, lanes);
+    float* out = m.channel(at, c);
+    transform_square<kOut, kIn>(
+        transform_gradient,
+        [&](int i, int j) {
+          total += g[i][j];
+          return g[i][j];
+        },
+        [&](int i, int j, Vec value) { store(out + (kIn * i + j) * m.component_floats, value); });
+    store(sum + c, total, lanes);
+  });
 }
 
 // ---- forward ---------------------------------------------------------------------------------
@@ -280,14 +333,29 @@ inline int64_t block_count(const TileGrid& grid, int64_t C, int64_t K) {
 }
 
 /// m[i][:] = sum over c of v[i][c] u[c][:], an M x kTileColumns tile of a component's product.
+///   v, m  panels of kTileColumns channels; v's panels are v_panel floats apart
 template <int M>
-void multiply_tile(const float* v, int64_t v_pitch, const float* u, int64_t C, float* m, int64_t m_pitch) {
+void multiply_tile(const float* v, int64_t v_panel, const float* u, int64_t C, float* m) {
   Vec acc[M][kTileVectors] = {};
-  for (int64_t c = 0; c < C; ++c, u += kTileColumns) tile_step<M>(acc, v + c, v_pitch, u);
+  for (int64_t c = 0; c < C; c += kTileColumns, v += v_panel) {
+    const int64_t count = std::min<int64_t>(kTileColumns, C - c);
+    for (int64_t i = 0; i < count; ++i, u += kTileColumns) tile_step<M>(acc, v + i, kTileColumns, u);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kTileVectors; ++j) store(m + i * m_pitch + j * kLanes, acc[i][j]);
+    for (int j = 0; j < kTileVectors; ++j) store(m + i * kTileColumns + j * kLanes, acc[i][j]);
+  }
+}
+
+/// The panels [first, last) of U (of `panels`) times one component of v: those of m from 0 on.
+inline void multiply_component(int64_t component, const TilePanels& v, const float* filter, int64_t panels,
+                               int64_t first, int64_t last, int64_t tiles, const TilePanels& m) {
+  for (int64_t panel = first; panel < last; ++panel) {
+    const float* u = filter + (component * panels + panel) * v.channels * kTileColumns;
+    for_each_tile(tiles, [&]<int M>(int64_t i) {
+      multiply_tile<M>(v.at(component, 0, i), v.panel_floats, u, v.channels, m.at(component, panel - first, i));
+    });
   }
 }
 
@@ -299,43 +367,32 @@ void multiply_tile(const float* v, int64_t v_pitch, const float* u, int64_t C, f
 template <class Source, class Sink>
 void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& source, const float* filter,
                        const Sink& sink) {
-  constexpr int64_t kLine = 16;  // a component's first line must not share cache sets with the next one's
-  const int64_t panels = ceil_div(s.K, kTileColumns), blocks = block_count(grid, s.C, s.K);
-  const int64_t block_tiles = ceil_div(grid.tiles, blocks);
-  const int64_t v_pitch = ceil_div(s.C, kLanes) * kLanes, v_component = block_tiles * v_pitch + kLine;
+  const int64_t blocks = block_count(grid, s.C, s.K), block_tiles = ceil_div(grid.tiles, blocks);
+  const int64_t panels = ceil_div(s.K, kTileColumns);
   const int64_t pass_panels = std::min<int64_t>(panels, kOutputChannels / kTileColumns);
-  const int64_t m_pitch = pass_panels * kTileColumns, m_component = block_tiles * m_pitch + kLine;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first_block, int64_t last_block) {
-    float* v = workspace(Purpose::kInputPanel, kComponents * v_component);
-    float* m = workspace(Purpose::kConvolved, kComponents * m_component);
+    const TilePanels v(Purpose::kInputPanel, s.C, block_tiles);
+    const TilePanels m(Purpose::kConvolved, pass_panels * kTileColumns, block_tiles);
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t begin = block * grid.tiles / blocks, end = (block + 1) * grid.tiles / blocks;
       for_each_grid_tile(grid, begin, end, [&](const Tile& tile, int64_t i) {
-        load_input_tile(source, tile.n, tile.p - s.padding, tile.q - s.padding,
-                        [=](int component, int64_t c) { return v + component * v_component + i * v_pitch + c; });
+        load_input_tile(source, tile.n, tile.p - s.padding, tile.q - s.padding, v, i);
       });
       for (int64_t first = 0; first < panels; first += pass_panels) {
         const int64_t last = std::min(panels, first + pass_panels);
         for (int64_t component = 0; component < kComponents; ++component) {
-          for (int64_t panel = first; panel < last; ++panel) {
-            const float* u = filter + (component * panels + panel) * s.C * kTileColumns;
-            float* m_panel = m + component * m_component + (panel - first) * kTileColumns;
-            for_each_tile(end - begin, [&]<int M>(int64_t i) {
-              multiply_tile<M>(v + component * v_component + i * v_pitch, v_pitch, u, s.C,
-                               m_panel + i * m_pitch, m_pitch);
-            });
-          }
+          multiply_component(component, v, filter, panels, first, last, end - begin, m);
         }
-        const int64_t first_k = first * kTileColumns, channels = std::min(s.K - first_k, m_pitch);
+        const int64_t k = first * kTileColumns, channels = std::min(s.K - k, m.channels);
         for_each_grid_tile(grid, begin, end, [&](const Tile& tile, int64_t i) {
-          for_each_vector(channels, [&](int64_t k, auto lanes) {
+          for_each_vector(channels, [&](int64_t pass_k, auto lanes) {
             Vec y[kOut][kOut];
-            const float* products = m + i * m_pitch + k;
+            const float* products = m.channel(i, pass_k);
             transform_square<kIn, kOut>(
                 transform_output,
-                [&](int r, int t) { return load(products + (kIn * r + t) * m_component); },
+                [&](int r, int t) { return load(products + (kIn * r + t) * m.component_floats); },
                 [&](int r, int t, Vec value) { y[r][t] = value; });
-            sink.save(block, tile, first_k + k, lanes, y);
+            sink.save(block, tile, k + pass_k, lanes, y);
           });
         });
       }
@@ -363,21 +420,12 @@ struct StoreOutput {
   }
 };
 
-/// dx [N,H,W,C] of a convolution with the given filter; `gradient` gives the gradient at its output.
-template <class Gradient>
-void convolve_backward_data_winograd(const ConvShape& s, const Gradient& gradient, const float* weight,
-                                     float* dx) {
-  const ConvShape b = s.backward_data();
-  const float* filter = transform_filters(weight, b, /*turned=*/true);
-  convolve_winograd(b, TileGrid{.N = s.N, .P = s.H, .Q = s.W}, gradient, filter,
-                    StoreOutput<false>{.y = dx, .P = s.H, .Q = s.W, .K = s.C, .bias = nullptr});
-}
+// ---- backward --------------------------------------------------------------------------------
 
-// ---- backward weight -------------------------------------------------------------------------
-
-// Two ways to share the work out. Where dU is small, the tiles are cut into a fixed number of pieces, each with
-// a dU of its own, and a piece works on blocks of tiles whose V and dM lie in L2. Where dU is large, all cores
-// transform a batch of tiles into the shared L3 and then share out the components of one dU.
+// Two ways to share the work out. Where dU is small, the rows of tiles are cut into a fixed number of pieces,
+// each with a dU of its own; a piece works on blocks of tiles whose V and dM lie in L2. Where dU is large, all
+// cores transform a batch of tiles into the shared L3, share out the components of one dU, and then transform dV
+// back, an image and a panel of channels at a time. The number of pieces does not depend on the threads.
 inline constexpr int64_t kWeightPieces = 16;
 inline constexpr int64_t kPieceBytes = 1024 * 1024;      // the largest dU of a piece
 inline constexpr int64_t kBatchBytes = 8 * 1024 * 1024;  // V and dM of a batch
@@ -402,106 +450,161 @@ void multiply_weight_tile(const float* v, const float* m, int64_t tiles, bool ad
   }
 }
 
-/// V or dM of up to `capacity` tiles: [36][panel of channels][tile][kTileColumns].
-struct TilePanels {
-  float* data;
-  int64_t panels, capacity;
-  int64_t panel_floats = capacity * kTileColumns;
-  int64_t component_floats = panels * panel_floats + kTileColumns;  // off the last one's cache sets
-
-  int64_t floats() const { return kComponents * component_floats; }
-  float* at(int64_t component, int64_t panel, int64_t tile) const {
-    return data + component * component_floats + panel * panel_floats + tile * kTileColumns;
-  }
-  /// As load_input_tile wants it.
-  auto place(int64_t tile) const {
-    return [*this, tile](int component, int64_t c) {
-      return at(component, c / kTileColumns, tile) + c % kTileColumns;
-    };
-  }
-};
-
-/// The sums over tiles of one component and one panel of K: du [C][kTileColumns].
-inline void multiply_weight_panel(const TilePanels& v, const TilePanels& m, int64_t component, int64_t panel,
-                                  int64_t C, int64_t tiles, bool add, float* du) {
-  for (int64_t tile = 0; tile < tiles; tile += kSumTiles) {
-    const int64_t count = std::min(kSumTiles, tiles - tile);
-    for (int64_t c_panel = 0; c_panel < v.panels; ++c_panel) {
-      const int64_t c = c_panel * kTileColumns;
-      for_each_tile(std::min<int64_t>(kTileColumns, C - c), [&]<int M>(int64_t i) {
-        multiply_weight_tile<M>(v.at(component, c_panel, tile) + i, m.at(component, panel, tile), count,
-                                add || tile > 0, du + (c + i) * kTileColumns);
-      });
+/// dU of one component: [panel of K][C][kTileColumns] (+)= the sums over tiles.
+inline void multiply_weight_component(int64_t component, const TilePanels& v, const TilePanels& m,
+                                      int64_t tiles, bool add, float* du) {
+  for (int64_t panel = 0; panel < m.panels; ++panel, du += v.channels * kTileColumns) {
+    for (int64_t tile = 0; tile < tiles; tile += kSumTiles) {
+      const int64_t count = std::min(kSumTiles, tiles - tile);
+      for (int64_t c_panel = 0; c_panel < v.panels; ++c_panel) {
+        const int64_t c = c_panel * kTileColumns;
+        for_each_tile(std::min<int64_t>(kTileColumns, v.channels - c), [&]<int M>(int64_t i) {
+          multiply_weight_tile<M>(v.at(component, c_panel, tile) + i, m.at(component, panel, tile), count,
+                                  add || tile > 0, du + (c + i) * kTileColumns);
+        });
+      }
     }
   }
 }
 
-/// dw [K,C,3,3] and db [K] (may be null), as convolve_backward_weight.
+/// Adds up dX [N,H,W,C] from tiles that come in their order, image by image, row by row.
+struct InputGradient {
+  float* dx;
+  int64_t H, W, C, padding;
+
+  /// The channels [begin, end) of a tile whose dV is tile `at` of v. Where an earlier tile has written, it adds.
+  /// `top`, if not null, takes the first two rows, [2][W][C], instead of dx: the tiles above are another's.
+  void save_tile(const TilePanels& v, int64_t at, const Tile& tile, int64_t begin, int64_t end,
+                 float* top) const {
+    const int64_t h = tile.p - padding, w = tile.q - padding;
+    const bool inside = h >= 0 && w >= 0 && h + kIn <= H && w + kIn <= W;
+    const bool plain = inside && tile.p > 0 && tile.q > 0 && top == nullptr;
+    float* out = dx + ((tile.n * H + h) * W + w) * C;
+    const auto transform = [&](const auto& save) {
+      for_each_vector(end - begin, [&](int64_t i, auto lanes) {
+        const int64_t c = begin + i;
+        const float* products = v.channel(at, c);
+        transform_square<kIn, kIn>(
+            transform_input_gradient,
+            [&](int r, int t) { return load(products + (kIn * r + t) * v.component_floats); },
+            [&](int r, int t, Vec d) { save(r, t, d, c, lanes); });
+      });
+    };
+    if (plain) {
+      transform([&](int i, int j, Vec d, int64_t c, auto lanes) {
+        float* to = out + (i * W + j) * C + c;
+        store(to, i < kIn - kOut || j < kIn - kOut ? load(to, lanes) + d : d, lanes);
+      });
+    } else {
+      transform([&](int i, int j, Vec d, int64_t c, auto lanes) {
+        if (h + i < 0 || h + i >= H || w + j < 0 || w + j >= W) return;
+        const bool above = i < kIn - kOut && tile.p > 0, left = j < kIn - kOut && tile.q > 0;
+        float* to = above && top != nullptr ? top + (i * W + w + j) * C + c : out + (i * W + j) * C + c;
+        store(to, left || (above && top == nullptr) ? load(to, lanes) + d : d, lanes);
+      });
+    }
+  }
+};
+
+/// dw [K,C,3,3]; db [K] and dx [N,H,W,C] where they are not null. `input` is the source of x, `gradient` that of
+/// the gradient at the convolution's output, which is read once.
 template <class Input, class Gradient>
-void convolve_backward_weight_winograd(const ConvShape& s, const Input& input, const Gradient& gradient,
-                                       float* dw, float* db) {
+void convolve_backward_winograd(const ConvShape& s, const Input& input, const Gradient& gradient,
+                                const float* weight, float* dx, float* dw, float* db) {
   const TileGrid grid{.N = s.N, .P = s.P, .Q = s.Q};
-  const int64_t groups = ceil_div(grid.tiles, kGroupTiles);
   const int64_t C_panels = ceil_div(s.C, kTileColumns), K_panels = ceil_div(s.K, kTileColumns);
-  const int64_t group_bytes = kGroupTiles * kComponents * 4 * kTileColumns * (C_panels + K_panels);
+  const int64_t tile_bytes = kComponents * 4 * kTileColumns * (C_panels + K_panels);
   // dU: [piece][36][panel of K][C][kTileColumns]
-  const int64_t du_panel = s.C * kTileColumns, du_component = K_panels * du_panel,
-                du_piece = kComponents * du_component;
+  const int64_t du_component = K_panels * s.C * kTileColumns, du_piece = kComponents * du_component;
   const bool shared = du_piece * 4 > kPieceBytes;
-  const int64_t pieces = shared ? 1 : std::min(groups, kWeightPieces);
+  const int64_t tile_rows = grid.N * grid.rows, pieces = shared ? 1 : std::min(tile_rows, kWeightPieces);
+  const int64_t batch = std::min(ceil_div(grid.tiles, kGroupTiles),
+                                 std::max<int64_t>((shared ? kBatchBytes : kBlockBytes) / tile_bytes / kGroupTiles,
+                                                   shared ? 4 : 2)) *
+                        kGroupTiles;
+  const int64_t sums = shared ? ceil_div(grid.tiles, kGroupTiles) : pieces;
   float* du = workspace(Purpose::kPartial, pieces * du_piece);
-  float* partial_db = workspace(Purpose::kStatistics, groups * s.K);
-  const int64_t batch_groups =
-      std::min(groups, std::max<int64_t>((shared ? kBatchBytes : kBlockBytes) / group_bytes, shared ? 4 : 2));
-  const auto panels = [&](Purpose purpose, int64_t count) {
-    TilePanels p{.data = nullptr, .panels = count, .capacity = batch_groups * kGroupTiles};
-    p.data = workspace(purpose, p.floats());
-    return p;
+  float* partial_db = workspace(Purpose::kStatistics, sums * s.K);
+  std::fill(partial_db, partial_db + sums * s.K, 0.0f);
+  const float* filter = dx == nullptr ? nullptr : transform_filters(weight, FilterShape::backward(s.K, s.C));
+  const InputGradient input_gradient{.dx = dx, .H = s.H, .W = s.W, .C = s.C, .padding = s.padding};
+
+  const auto transform = [&](int64_t begin, int64_t end, const TilePanels& v, const TilePanels& m, int64_t at,
+                             float* sum) {
+    for_each_grid_tile(grid, begin, end, [&](const Tile& tile, int64_t i) {
+      load_input_tile(input, tile.n, tile.p - s.padding, tile.q - s.padding, v, at + i);
+      load_gradient_tile(gradient, tile, m, at + i, sum);
+    });
   };
-  const auto transform = [&](const TilePanels& v, const TilePanels& m, int64_t group, int64_t first_group) {
-    float* sum = partial_db + group * s.K;
-    std::fill(sum, sum + s.K, 0.0f);
-    const int64_t begin = group * kGroupTiles, offset = (group - first_group) * kGroupTiles;
-    for_each_grid_tile(
-        grid, begin, std::min(grid.tiles, begin + kGroupTiles), [&](const Tile& tile, int64_t i) {
-          load_input_tile(input, tile.n, tile.p - s.padding, tile.q - s.padding, v.place(offset + i));
-          load_gradient_tile(gradient, tile, m.place(offset + i), sum);
-        });
-  };
-  const auto tiles_of = [&](int64_t first_group, int64_t last_group) {
-    return std::min(grid.tiles, last_group * kGroupTiles) - first_group * kGroupTiles;
+  // dV replaces V, which is not needed once its component of dU is complete.
+  const auto multiply = [&](int64_t component, const TilePanels& v, const TilePanels& m, int64_t tiles, bool add,
+                            float* piece_du) {
+    multiply_weight_component(component, v, m, tiles, add, piece_du + component * du_component);
+    if (dx != nullptr) multiply_component(component, m, filter, C_panels, 0, C_panels, tiles, v);
   };
 
   if (shared) {
-    const TilePanels v = panels(Purpose::kInputPanel, C_panels), m = panels(Purpose::kGradientPanel, K_panels);
-    for (int64_t first = 0; first < groups; first += batch_groups) {
-      const int64_t last = std::min(groups, first + batch_groups);
-      torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t group = begin; group < end; ++group) transform(v, m, group, first);
+    const TilePanels v(Purpose::kInputPanel, s.C, batch), m(Purpose::kGradientPanel, s.K, batch);
+    for (int64_t first = 0; first < grid.tiles; first += batch) {
+      const int64_t last = std::min(grid.tiles, first + batch);
+      torch::stable::parallel_for(
+          first / kGroupTiles, ceil_div(last, kGroupTiles), 1, [&](int64_t first_group, int64_t last_group) {
+            for (int64_t group = first_group; group < last_group; ++group) {
+              const int64_t begin = group * kGroupTiles;
+              transform(begin, std::min(last, begin + kGroupTiles), v, m, begin - first,
+                        partial_db + group * s.K);
+            }
+          });
+      torch::stable::parallel_for(0, kComponents, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t component = begin; component < end; ++component) {
+          multiply(component, v, m, last - first, first > 0, du);
+        }
       });
-      torch::stable::parallel_for(0, kComponents * K_panels, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          multiply_weight_panel(v, m, task / K_panels, task % K_panels, s.C, tiles_of(first, last), first > 0,
-                                du + task * du_panel);
+      if (dx == nullptr) continue;
+      const int64_t image_tiles = grid.rows * grid.columns, first_image = first / image_tiles;
+      const int64_t tasks = (ceil_div(last, image_tiles) - first_image) * C_panels;
+      torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
+        for (int64_t task = first_task; task < last_task; ++task) {
+          const int64_t image = first_image + task / C_panels, c = task % C_panels * kTileColumns;
+          const int64_t begin = std::max(first, image * image_tiles),
+                        end = std::min(last, (image + 1) * image_tiles);
+          for_each_grid_tile(grid, begin, end, [&](const Tile& tile, int64_t i) {
+            input_gradient.save_tile(v, begin - first + i, tile, c, std::min(s.C, c + kTileColumns), nullptr);
+          });
         }
       });
     }
   } else {
+    // A piece that starts within an image keeps what it adds to the rows of the piece before apart.
+    const int64_t top_floats = (kIn - kOut) * s.W * s.C;
+    float* tops = workspace(Purpose::kRows, dx == nullptr ? 0 : pieces * top_floats);
+    const auto first_row = [&](int64_t piece) { return piece * tile_rows / pieces; };
     torch::stable::parallel_for(0, pieces, 1, [&](int64_t first_piece, int64_t last_piece) {
-      const TilePanels v = panels(Purpose::kInputPanel, C_panels),
-                       m = panels(Purpose::kGradientPanel, K_panels);
+      const TilePanels v(Purpose::kInputPanel, s.C, batch), m(Purpose::kGradientPanel, s.K, batch);
       for (int64_t piece = first_piece; piece < last_piece; ++piece) {
-        const int64_t begin = piece * groups / pieces, end = (piece + 1) * groups / pieces;
-        for (int64_t first = begin; first < end; first += batch_groups) {
-          const int64_t last = std::min(end, first + batch_groups);
-          for (int64_t group = first; group < last; ++group) transform(v, m, group, first);
-          for (int64_t task = 0; task < kComponents * K_panels; ++task) {
-            multiply_weight_panel(v, m, task / K_panels, task % K_panels, s.C, tiles_of(first, last),
-                                  first > begin, du + piece * du_piece + task * du_panel);
+        const int64_t begin = first_row(piece) * grid.columns, end = first_row(piece + 1) * grid.columns;
+        const int64_t top_end = first_row(piece) % grid.rows == 0 ? begin : begin + grid.columns;
+        for (int64_t first = begin; first < end; first += batch) {
+          const int64_t last = std::min(end, first + batch);
+          transform(first, last, v, m, 0, partial_db + piece * s.K);
+          for (int64_t component = 0; component < kComponents; ++component) {
+            multiply(component, v, m, last - first, first > begin, du + piece * du_piece);
           }
+          if (dx == nullptr) continue;
+          for_each_grid_tile(grid, first, last, [&](const Tile& tile, int64_t i) {
+            input_gradient.save_tile(v, i, tile, 0, s.C,
+                                     first + i < top_end ? tops + piece * top_floats : nullptr);
+          });
         }
       }
     });
+    for (int64_t piece = 0; dx != nullptr && piece < pieces; ++piece) {
+      const int64_t n = first_row(piece) / grid.rows, row = first_row(piece) % grid.rows;
+      if (row == 0) continue;
+      const float* top = tops + piece * top_floats;
+      float* out = dx + (n * s.H + row * kOut - s.padding) * s.W * s.C;
+      for (int64_t i = 0; i < top_floats; ++i) out[i] += top[i];
+    }
   }
 
   torch::stable::parallel_for(0, K_panels * s.C, 16, [&](int64_t begin, int64_t end) {
@@ -513,9 +616,9 @@ void convolve_backward_weight_winograd(const ConvShape& s, const Input& input, c
         transform_square<kIn, 3>(
             transform_filter_gradient,
             [&](int r, int t) {
-              const float* sums = du + (kIn * r + t) * du_component + row * kTileColumns + j;
-              Vec total = load(sums);
-              for (int64_t piece = 1; piece < pieces; ++piece) total += load(sums + piece * du_piece);
+              const float* parts = du + (kIn * r + t) * du_component + row * kTileColumns + j;
+              Vec total = load(parts);
+              for (int64_t piece = 1; piece < pieces; ++piece) total += load(parts + piece * du_piece);
               return total;
             },
             [&](int r, int t, Vec g) { store(taps[3 * r + t] + j, g); });
@@ -525,12 +628,10 @@ void convolve_backward_weight_winograd(const ConvShape& s, const Input& input, c
       }
     }
   });
-  if (db != nullptr) {
-    for (int64_t k = 0; k < s.K; ++k) {
-      double total = 0;
-      for (int64_t group = 0; group < groups; ++group) total += partial_db[group * s.K + k];
-      db[k] = static_cast<float>(total);
-    }
+  for (int64_t k = 0; db != nullptr && k < s.K; ++k) {
+    double total = 0;
+    for (int64_t i = 0; i < sums; ++i) total += partial_db[i * s.K + k];
+    db[k] = static_cast<float>(total);
   }
 }
 

@@ -4,11 +4,14 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(maskcore, m) {
-  m.def("conv_relu(Tensor x, Tensor weight, Tensor bias, int padding) -> Tensor");
+  m.def("transform_filter(Tensor weight) -> Tensor");
+  m.def("conv_relu(Tensor x, Tensor weight, Tensor bias, int padding, Tensor? transformed=None) -> Tensor");
   m.def(
       "_conv_relu_backward(Tensor dy, Tensor x, Tensor weight, Tensor y, int padding, bool need_dx)"
       " -> (Tensor dx, Tensor dweight, Tensor dbias)");
-  m.def("conv_relu_max_pool(Tensor x, Tensor weight, Tensor bias, int padding) -> (Tensor y, Tensor argmax)");
+  m.def(
+      "conv_relu_max_pool(Tensor x, Tensor weight, Tensor bias, int padding, Tensor? transformed=None)"
+      " -> (Tensor y, Tensor argmax)");
   m.def(
       "_conv_relu_max_pool_backward(Tensor dy, Tensor x, Tensor weight, Tensor y, Tensor argmax, int padding,"
       " bool need_dx) -> (Tensor dx, Tensor dweight, Tensor dbias)");

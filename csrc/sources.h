@@ -75,6 +75,36 @@ struct BatchNormReluGradient {
   }
 };
 
+/// The 4x4 pixels from (h, w) on; h and w are multiples of 4.
+template <class Source, class Lanes>
+void load_square(const Source& source, int64_t n, int64_t h, int64_t w, int64_t c, Lanes lanes,
+                 Vec (&out)[4][4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) out[i][j] = source.load(n, h + i, w + j, c, lanes);
+  }
+}
+/// Each of the four windows is read once.
+template <class Lanes>
+void load_square(const PooledReluGradient& source, int64_t n, int64_t h, int64_t w, int64_t c, Lanes lanes,
+                 Vec (&out)[4][4]) {
+  const int64_t P = source.H / 2, Q = source.W / 2;
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const int64_t at = ((n * P + h / 2 + i) * Q + w / 2 + j) * source.C + c;
+      const Vec g = relu_gradient(load(source.dy + at, lanes), load(source.y + at, lanes));
+      const Mask place = load_bytes(source.argmax + at, lanes);
+#pragma GCC unroll 4
+      for (int32_t corner = 0; corner < 4; ++corner) {
+        out[2 * i + corner / 2][2 * j + corner % 2] = place == corner ? g : Vec{};
+      }
+    }
+  }
+}
+
 /// One row of a source: [W][C].
 template <class Source>
 void load_row(const Source& source, int64_t n, int64_t h, float* out) {

@@ -7,6 +7,10 @@
 #include <memory>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace maskcore {
 
 /// One growing buffer a (thread, purpose). A buffer's content lasts until its next request.
@@ -31,13 +35,18 @@ inline float* workspace(Purpose purpose, int64_t floats) {
   };
   thread_local Buffer buffers[static_cast<size_t>(Purpose::kCount)];
   Buffer& buffer = buffers[static_cast<size_t>(purpose)];
-  constexpr size_t kLine = 64;
-  const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + kLine - 1) / kLine * kLine;
-  if (bytes > buffer.bytes) {
+  // Large buffers are asked to be of huge pages: the 36 components of a tile lie in 36 places.
+  constexpr size_t kLine = 64, kHugePage = 2 * 1024 * 1024;
+  const size_t wanted = static_cast<size_t>(floats) * sizeof(float);
+  if (wanted > buffer.bytes) {
+    const size_t unit = wanted >= kHugePage / 4 ? kHugePage : kLine, bytes = (wanted + unit - 1) / unit * unit;
     buffer.data.reset();  // frees the old block before the larger one is asked for
     buffer.bytes = 0;
-    buffer.data.reset(static_cast<float*>(std::aligned_alloc(kLine, bytes)));
+    buffer.data.reset(static_cast<float*>(std::aligned_alloc(unit, bytes)));
     if (!buffer.data) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    if (unit == kHugePage) madvise(buffer.data.get(), bytes, MADV_HUGEPAGE);  // a wish: failure costs nothing
+#endif
     buffer.bytes = bytes;
   }
   return buffer.data.get();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections import Counter, OrderedDict
@@ -167,6 +168,20 @@ def create(name: str, num_classes: int = 3, image_size: int = 256, *, seed: int 
     if seed is not None:
         network.reset_parameters(torch.Generator().manual_seed(seed))
     return network
+
+
+def for_inference(network: Network) -> torch.nn.Sequential:
+    """What a network computes in evaluation mode, as a snapshot that is faster to call: see
+    :class:`maskcore.nn.InferenceConv`. Input and output as for :class:`Network`; later changes of the network do
+    not reach it.
+    """
+    layers: OrderedDict[str, torch.nn.Module] = OrderedDict()
+    for name, layer in network.named_children():
+        if isinstance(layer, nn.ConvReLU | nn.ConvBNReLU):
+            layers[name] = nn.InferenceConv(layer)
+        elif not isinstance(layer, nn.Dropout):
+            layers[name] = copy.deepcopy(layer).requires_grad_(False)
+    return torch.nn.Sequential(layers).eval()
 
 
 def place(name: str, num_classes: int = 3, image_size: int = 256) -> list[Placed]:

@@ -150,6 +150,40 @@ class ConvBNReLU(_Conv):
         return f"{super().extra_repr()}, eps={self.eps}, momentum={self.momentum}"
 
 
+class InferenceConv(torch.nn.Module):
+    """A :class:`ConvReLU` or :class:`ConvBNReLU` as it is now, for inference only.
+
+    The batch normalisation is folded into the filter and the filter is transformed, once instead of in every
+    call. Later changes of the layer that it was made from do not reach it, and it has no parameters.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    transformed: Tensor | None
+
+    @torch.no_grad()
+    def __init__(self, layer: ConvReLU | ConvBNReLU) -> None:
+        super().__init__()
+        weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+        if isinstance(layer, ConvBNReLU):
+            statistics = layer.running_mean, layer.running_var
+            weight, bias = ops.fold_batch_norm(weight, bias, layer.gamma, layer.beta, *statistics, layer.eps)
+        self.padding = layer.padding
+        self.pool = isinstance(layer, ConvReLU) and layer.pool
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        transformed = ops.transform_filter(weight) if weight.device.type == "cpu" else None
+        self.register_buffer("transformed", transformed, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolve = ops.conv_relu_max_pool if self.pool else ops.conv_relu
+        return convolve(x, self.weight, self.bias, self.padding, self.transformed)
+
+    def extra_repr(self) -> str:
+        K, C = self.weight.shape[:2]
+        return f"{C}, {K}, padding={self.padding}, pool={self.pool}"
+
+
 class MaxPool2d(torch.nn.Module):
     """2x2 max-pooling with stride 2, an odd last row or column dropped: ``[N, C, H // 2, W // 2]``."""
 

@@ -55,14 +55,36 @@ def _output_size(H: int, W: int, padding: int) -> tuple[int, int]:
 # ---- conv_relu -----------------------------------------------------------------------------------
 
 
-def conv_relu(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tensor:
+def transform_filter(weight: Tensor) -> Tensor:
+    """The filters in the Winograd domain, to be given to :func:`conv_relu` again and again.
+
+    weight ``[K, C, 3, 3]`` float32 -> an opaque tensor of 4 times the size, for this processor's kernels only:
+    not to be stored.
+    """
+    return _ops.transform_filter(weight.contiguous())
+
+
+@_fake("maskcore::transform_filter")
+def _(weight: Tensor) -> Tensor:
+    K, C = weight.shape[:2]
+    return weight.new_empty(36 * C * ((K + 31) // 32 * 32))
+
+
+def conv_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0, transformed: Tensor | None = None
+) -> Tensor:
     """3x3 stride-1 convolution, bias and ReLU in one pass.
+
+    Large enough shapes are computed by Winograd's F(4x4, 3x3), with about five times the rounding error of a
+    direct convolution (1e-6 of the result); there a NaN or an infinity in x may make NaN of any output of
+    the 4x4 tiles whose 6x6 inputs it lies in.
 
     Args:
         x: ``[N, C, H, W]`` float32, channels_last for speed.
         weight: ``[K, C, 3, 3]``, as ``torch.nn.Conv2d`` keeps it.
         bias: ``[K]``.
         padding: 0 (Keras' ``valid``) or 1 (``same``), filled with zeros.
+        transformed: :func:`transform_filter` of this weight, where it is at hand (not differentiable).
 
     Returns:
         ``[N, K, H + 2 padding - 2, W + 2 padding - 2]``, channels_last. NaN stays NaN.
@@ -72,7 +94,7 @@ def conv_relu(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tens
     """
     _check_image(x)
     _check_devices("x", x.device, weight=weight, bias=bias)
-    return _nchw(_ops.conv_relu(_nhwc(x), weight.contiguous(), bias, padding))
+    return _nchw(_ops.conv_relu(_nhwc(x), weight.contiguous(), bias, padding, transformed))
 
 
 def conv_relu_reference(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tensor:
@@ -80,7 +102,9 @@ def conv_relu_reference(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 
 
 
 @_fake("maskcore::conv_relu")
-def _(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, padding: int, transformed: Tensor | None = None
+) -> Tensor:
     P, Q = _output_size(x.shape[1], x.shape[2], padding)
     return x.new_empty(x.shape[0], P, Q, weight.shape[0])
 
@@ -98,7 +122,7 @@ def _fake_conv_gradients(x: Tensor, weight: Tensor, need_dx: bool) -> tuple[Tens
 
 
 def _conv_relu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.padding = inputs
+    x, weight, _, ctx.padding, _ = inputs
     ctx.save_for_backward(x, weight, output)
 
 
@@ -107,7 +131,7 @@ def _conv_relu_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     need_dx = ctx.needs_input_grad[0]
     dx, dweight, dbias = _ops._conv_relu_backward(dy.contiguous(), x, weight, y, ctx.padding, need_dx)
-    return dx if need_dx else None, dweight, dbias, None
+    return dx if need_dx else None, dweight, dbias, None, None
 
 
 _autograd("maskcore::conv_relu", _conv_relu_backward, setup_context=_conv_relu_setup)
@@ -116,7 +140,9 @@ _autograd("maskcore::conv_relu", _conv_relu_backward, setup_context=_conv_relu_s
 # ---- conv_relu_max_pool --------------------------------------------------------------------------
 
 
-def conv_relu_max_pool(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tensor:
+def conv_relu_max_pool(
+    x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0, transformed: Tensor | None = None
+) -> Tensor:
     """:func:`conv_relu` followed by :func:`max_pool`; the full-size image is never stored.
 
     Arguments and errors as for :func:`conv_relu`. Returns ``[N, K, P // 2, Q // 2]`` for a convolution
@@ -124,7 +150,7 @@ def conv_relu_max_pool(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0
     """
     _check_image(x)
     _check_devices("x", x.device, weight=weight, bias=bias)
-    y, _ = _ops.conv_relu_max_pool(_nhwc(x), weight.contiguous(), bias, padding)
+    y, _ = _ops.conv_relu_max_pool(_nhwc(x), weight.contiguous(), bias, padding, transformed)
     return _nchw(y)
 
 
@@ -133,7 +159,9 @@ def conv_relu_max_pool_reference(x: Tensor, weight: Tensor, bias: Tensor, paddin
 
 
 @_fake("maskcore::conv_relu_max_pool")
-def _(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, padding: int, transformed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     P, Q = _output_size(x.shape[1], x.shape[2], padding)
     y = x.new_empty(x.shape[0], P // 2, Q // 2, weight.shape[0])
     return y, torch.empty_like(y, dtype=torch.uint8)
@@ -153,9 +181,10 @@ def _(
 
 
 def _conv_relu_max_pool_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, ctx.padding = inputs
+    x, weight, _, ctx.padding, _ = inputs
     y, argmax = output
     ctx.mark_non_differentiable(argmax)
+    ctx.set_materialize_grads(False)  # else zeros are written for argmax
     ctx.save_for_backward(x, weight, y, argmax)
 
 
@@ -166,7 +195,7 @@ def _conv_relu_max_pool_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tenso
     dx, dweight, dbias = _ops._conv_relu_max_pool_backward(
         dy.contiguous(), x, weight, y, argmax, ctx.padding, need_dx
     )
-    return dx if need_dx else None, dweight, dbias, None
+    return dx if need_dx else None, dweight, dbias, None, None
 
 
 _autograd(
@@ -210,9 +239,15 @@ def conv_bn_relu(
             raise TypeError(f"{name} must be float32, is {vector.dtype}")
     if weight.dim() != 4:
         raise ValueError(f"weight must have 4 dimensions, has {weight.dim()}")
+    return conv_relu(x, *fold_batch_norm(weight, bias, gamma, beta, mean, var, eps), padding)
+
+
+def fold_batch_norm(
+    weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, eps: float = 1e-3
+) -> tuple[Tensor, Tensor]:
+    """The filter and the bias that convolve and normalise at once: see :func:`conv_bn_relu`."""
     scale = gamma * torch.rsqrt(var + eps)
-    folded = beta + scale * (bias - mean)
-    return conv_relu(x, weight * scale[:, None, None, None], folded, padding)
+    return weight * scale[:, None, None, None], beta + scale * (bias - mean)
 
 
 def conv_bn_relu_reference(
@@ -303,6 +338,7 @@ def _conv_bn_relu_train_setup(
     x, weight, bias, gamma, beta, ctx.eps, ctx.padding = inputs
     _, z, mean, var = output
     ctx.mark_non_differentiable(z, mean, var)
+    ctx.set_materialize_grads(False)  # else zeros are written for z, the largest tensor of all
     ctx.save_for_backward(x, weight, bias, z, gamma, beta, mean, var)
 
 
@@ -357,6 +393,7 @@ def _max_pool_setup(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tenso
     _, ctx.H, ctx.W, _ = inputs[0].shape
     _, argmax = output
     ctx.mark_non_differentiable(argmax)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(argmax)
 
 

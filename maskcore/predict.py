@@ -41,7 +41,7 @@ class Classified:
 
 
 def classify(
-    network: models.Network,
+    network: torch.nn.Module,
     preprocess: data.Preprocess,
     paths: Iterable[Path],
     *,
@@ -78,7 +78,7 @@ def classify(
 
 @torch.inference_mode()
 def _classify_batch(
-    network: models.Network, batch: Sequence[tuple[Path, np.ndarray | str]]
+    network: torch.nn.Module, batch: Sequence[tuple[Path, np.ndarray | str]]
 ) -> list[Classified]:
     readable = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
     rows: Iterator[np.ndarray] = iter(())
@@ -141,7 +141,7 @@ def _predict(namespace: argparse.Namespace) -> int:
     to_screen = namespace.csv is None and namespace.json is None
     with Progress("predicting", len(named)) as progress:
         outcomes = classify(
-            network.to(device),
+            models.for_inference(network.to(device)),
             meta.preprocess,
             (path for _, path in named),
             batch_size=namespace.batch_size,

@@ -169,14 +169,14 @@ def validate(run: Run) -> dict[str, Any]:
     an epoch and the penalty with them: the training penalty is the mean of its values before the
     first and after the last step.
     """
-    run.network.eval()
     started = time.monotonic()
+    network = models.for_inference(run.network)
     loader, classes = run.pictures.val, run.network.num_classes
     loss_sum, total = 0.0, 0
     confusion = torch.zeros(classes * classes, dtype=torch.int64)
     with Progress("validation", len(loader.pictures)) as progress:
         for batch in loader.epoch(0):
-            logits = run.network(batch.images.to(run.device, non_blocking=True))
+            logits = network(batch.images.to(run.device, non_blocking=True))
             labels = batch.labels.to(run.device)
             loss_sum += ops.softmax_cross_entropy(logits, labels).item() * len(labels)
             total += len(labels)

@@ -76,8 +76,13 @@ PIECES = [Case(1, 2, K, 7, 9, 1) for K in (63, 64, 65, 129)]
 PIECES += [Case(N, 2, 3, P, 4, 1) for N, P in ((1, 31), (1, 32), (1, 33), (3, 11), (5, 13))]
 PIECES += [Case(1, 1, 2049, 4, 4, 0)]
 PIXELS = [Case(1, 2, 3, 3 + 2, Q + 2, 0) for Q in (63, 64, 65, 85, 86, 127, 128, 129, 255, 256, 257)]
+# Winograd (csrc/conv_winograd.h): tiles of 4x4 outputs, whole and cut; 16 pieces of tile rows, with one image and
+# with pieces that start within one; the shared weight gradient (36 C K floats above 1 MiB), in one batch and several.
+TILES = [Case(1, 3, 5, P + 2, Q + 2, 0) for P, Q in ((4, 4), (5, 8), (8, 7), (6, 3), (12, 13))]
+TILES += [Case(1, 9, 8, 70, 5, 0), Case(3, 5, 9, 30, 11, 1), Case(5, 2, 3, 31, 9, 0)]
+TILES += [Case(2, 96, 80, 12, 14, 1), Case(1, 70, 130, 9, 7, 0), Case(4, 97, 83, 40, 42, 0)]
 EMPTY = [Case(0, 3, 4, 6, 7, padding) for padding in (0, 1)]
-CASES = [*SMALL, *COLUMNS, *CHANNELS, *ROWS, *PIECES, *PIXELS]
+CASES = [*SMALL, *COLUMNS, *CHANNELS, *ROWS, *PIECES, *PIXELS, *TILES]
 NETWORKS = {("final", 128): 1, ("baseline", 64): 2}
 LAYERS = {
     f"{name}-{at.name}": (op_of(at), case_of(at, N))
@@ -90,7 +95,7 @@ FULL_SIZE = {
     for at in (convolutions(name, 256)[i] for i in places)
 }
 #: A few of all kinds, for what does not depend on every size.
-FEW = [SMALL[6], COLUMNS[4], CHANNELS[5], ROWS[2], ROWS[6], PIECES[2], PIXELS[4]]
+FEW = [SMALL[6], COLUMNS[4], CHANNELS[5], ROWS[2], ROWS[6], PIECES[2], PIXELS[4], TILES[6], TILES[8]]
 
 
 # ---- the convolutions as cases -------------------------------------------------------------------
@@ -213,6 +218,7 @@ def check_convolution(
         check(value, torch32[key], exact[key], terms(name, case, key), **told)
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution(name: str, case: Case, as_exact_as_torch: Callable[..., None]) -> None:
@@ -225,6 +231,7 @@ def test_convolution(name: str, case: Case, as_exact_as_torch: Callable[..., Non
     check_convolution(name, case, as_exact_as_torch)
 
 
+@pytest.mark.usefixtures("algorithm")
 def test_statistics_of_one_value_are_its_own(as_exact_as_torch: Callable[..., None]) -> None:
     """PyTorch refuses one value a channel; here its variance is 0 and the output is max(beta, 0)."""
     inputs = bn_inputs(Case(1, 3, 5, 3, 3, 0))
@@ -241,22 +248,81 @@ def test_statistics_of_one_value_are_its_own(as_exact_as_torch: Callable[..., No
         assert torch.equal(found[key], torch.zeros_like(found[key])), key
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers_of_the_networks(layer: str, as_exact_as_torch: Callable[..., None]) -> None:
     name, at = LAYERS[layer]
     check_convolution(name, at, as_exact_as_torch)
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("layer", FULL_SIZE)
 def test_full_size_layers(layer: str, as_exact_as_torch: Callable[..., None]) -> None:
     name, at = FULL_SIZE[layer]
     check_convolution(name, at, as_exact_as_torch)
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.slow
 def test_full_size_layers_all(as_exact_as_torch: Callable[..., None]) -> None:
     for at in (*convolutions("final", 256), *convolutions("baseline", 256)):
         check_convolution(op_of(at), case_of(at, 2), as_exact_as_torch)
+
+
+# ---- Winograd -----------------------------------------------------------------------------------
+
+
+def relative(t: Tensor) -> float:
+    return float(t.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("layer", [key for key in LAYERS if not key.endswith("block1_conv1")])
+def test_winograd_error(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 3e-6 of the result in the root mean square, forward and backward, for inputs as a ReLU gives them."""
+    monkeypatch.setenv("MASKCORE_CONV", "winograd")
+    _, case = LAYERS[layer]
+    inputs = conv_inputs(case)
+    inputs["x"].relu_()
+    dy = torch.randn(case.output) * decided("conv_relu", inputs, case.padding)
+    ours = forward_backward(ops.conv_relu, inputs, case.padding, dy)
+    doubles = {key: value.double() for key, value in inputs.items()}
+    for key, exact in forward_backward(ops.conv_relu_reference, doubles, case.padding, dy).items():
+        assert relative(ours[key] - exact) <= 3e-6 * relative(exact), key
+
+
+@pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool"])
+def test_transformed_filter_changes_no_bit(name: str) -> None:
+    for case in TILES:
+        if name == "conv_relu_max_pool" and not pooled(case):
+            continue
+        inputs = conv_inputs(case)
+        transformed = ops.transform_filter(inputs["weight"])
+        function = getattr(ops, name)
+        found = function(**inputs, padding=case.padding, transformed=transformed)
+        assert torch.equal(found, function(**inputs, padding=case.padding))
+
+
+def test_transformed_filter_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKCORE_CONV", "winograd")
+    inputs = conv_inputs(TILES[0])
+    with pytest.raises(RuntimeError, match="transformed must have size"):
+        ops.conv_relu(**inputs, transformed=ops.transform_filter(torch.randn(64, 3, 3, 3)))
+
+
+def test_unknown_algorithm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKCORE_CONV", "fft")
+    with pytest.raises(RuntimeError, match="MASKCORE_CONV must be direct or winograd, is fft"):
+        ops.conv_relu(**conv_inputs(SMALL[0]))
+
+
+def test_winograd_spreads_nan_over_tiles_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKCORE_CONV", "winograd")
+    inputs = conv_inputs(Case(1, 3, 5, 18, 18, 0))
+    inputs["x"][0, 1, 9, 9] = NAN  # in the 6x6 inputs of the tiles whose outputs start at 4 and 8
+    nan = ops.conv_relu(**inputs).isnan()
+    assert nan[:, :, 7:10, 7:10].all()
+    nan[:, :, 4:12, 4:12] = False
+    assert not nan.any()
 
 
 # ---- exact cases ---------------------------------------------------------------------------------
@@ -266,6 +332,7 @@ def whole_numbers(*shape: int, largest: int = 2) -> Tensor:
     return torch.randint(-largest, largest + 1, shape).float()
 
 
+@pytest.mark.usefixtures("direct")
 @pytest.mark.parametrize("case", [*CASES, *(at for _, at in LAYERS.values())], ids=str)
 @pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool"])
 def test_whole_numbers_give_the_same_bits(name: str, case: Case) -> None:
@@ -286,6 +353,7 @@ def test_whole_numbers_give_the_same_bits(name: str, case: Case) -> None:
         assert torch.equal(ours[key].double(), value), key
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("case", EMPTY, ids=str)
 @pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool", "conv_bn_relu"])
 def test_no_images(name: str, case: Case) -> None:
@@ -298,6 +366,7 @@ def test_no_images(name: str, case: Case) -> None:
         assert torch.equal(found[f"d{key}"], torch.zeros_like(inputs[key])), key
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_gradient_of_x_is_computed_only_if_asked_for(name: str) -> None:
     case = FEW[0]
@@ -341,6 +410,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_layout_does_not_matter(name: str, layout: str) -> None:
@@ -357,6 +427,7 @@ def test_layout_does_not_matter(name: str, layout: str) -> None:
         assert torch.equal(found[key], value), key
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_expanded_upstream_gradient(name: str) -> None:
     """``y.sum().backward()`` gives a gradient of stride 0."""
@@ -377,6 +448,7 @@ def convolve_all(name: str, case: Case) -> dict[str, Tensor]:
     return forward_backward(getattr(ops, name), inputs, case.padding, upstream(name, inputs, case.padding))
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("case", [*FEW, LAYERS["final-block2_conv2"][1]], ids=str)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_threads_and_repetition_change_no_bit(name: str, case: Case) -> None:
@@ -394,6 +466,7 @@ def poison(sizes: Sequence[int]) -> None:
     del blocks
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("case", FEW, ids=str)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_uninitialised_memory_is_never_read(name: str, case: Case) -> None:
@@ -417,6 +490,7 @@ def same_with_nan(ours: Tensor, theirs: Tensor) -> bool:
     return torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.nan_to_num(), theirs.nan_to_num())
 
 
+@pytest.mark.usefixtures("direct")
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool"])
 def test_relu_keeps_nan_and_infinity_as_torch_does(name: str, value: float) -> None:
@@ -430,6 +504,7 @@ def test_relu_keeps_nan_and_infinity_as_torch_does(name: str, value: float) -> N
     assert same_with_nan(getattr(ops, name)(x, weight, bias, 1), expected)
 
 
+@pytest.mark.usefixtures("direct")
 @pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool"])
 def test_gradient_passes_where_the_activation_is_nan(name: str) -> None:
     """As in torch: only an activation <= 0 stops the gradient, so a NaN loss is seen in the weights."""
@@ -445,6 +520,7 @@ def test_gradient_passes_where_the_activation_is_nan(name: str) -> None:
         assert same_with_nan(found[key], value), key
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("name", ["conv_bn_relu", "conv_bn_relu_train"])
 def test_nan_in_a_channel_stays_in_it(name: str) -> None:
     inputs = INPUTS[name](Case(2, 3, 5, 6, 6, 0))
@@ -457,6 +533,7 @@ def test_nan_in_a_channel_stays_in_it(name: str) -> None:
 # ---- batch statistics ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("ratio", [1e2, 1e3, 1e4])
 def test_statistics_with_a_large_mean(ratio: float, as_exact_as_torch: Callable[..., None]) -> None:
     """mean / standard deviation = ratio.
@@ -474,6 +551,7 @@ def test_statistics_with_a_large_mean(ratio: float, as_exact_as_torch: Callable[
         as_exact_as_torch(*found, name=f"large mean {key}", magnitude=ratio)
 
 
+@pytest.mark.usefixtures("algorithm")
 def test_variance_is_biased(as_exact_as_torch: Callable[..., None]) -> None:
     inputs = bn_inputs(Case(1, 2, 3, 4, 4, 0))
     _, mean, var = ops.conv_bn_relu_train(**inputs)
@@ -484,6 +562,7 @@ def test_variance_is_biased(as_exact_as_torch: Callable[..., None]) -> None:
     assert (var < z.var((0, 2, 3)) * 0.8).all()  # 3 / 4 of the unbiased one
 
 
+@pytest.mark.usefixtures("algorithm")
 def test_inference_is_training_with_the_same_statistics(as_exact_as_torch: Callable[..., None]) -> None:
     case = Case(2, 5, 9, 8, 7, 1)
     inputs = bn_inputs(case)
@@ -806,8 +885,9 @@ def op_samples() -> dict[str, list[tuple[Any, ...]]]:
     bn = (leaf(5, 3, 3, 3), leaf(5), leaf(5), leaf(5), 1e-3)
     settings = (1e-3, 0.9, 0.999, 1e-7, 1e-2, 3)
     return {
+        "transform_filter": [(weight,)],
         "conv_relu": [(leaf(2, 7, 6, 3), leaf(5, 3, 3, 3), leaf(5), p) for p in (0, 1)]
-        + [(x, weight, vector, 0)],
+        + [(x, weight, vector, 0), (x, weight, vector, 0, ops.transform_filter(weight))],
         "conv_relu_max_pool": [(leaf(2, 7, 6, 3), leaf(5, 3, 3, 3), leaf(5), p) for p in (0, 1)],
         "conv_bn_relu_train": [(leaf(2, 7, 6, 3), *bn, p) for p in (0, 1)] + [(x, *bn, 0)],
         "max_pool": [(leaf(2, 7, 6, 3),), (x,)],
@@ -847,6 +927,7 @@ RANDOM_SECONDS = 10  # for all ops together
 FIRST_SEED = int(os.environ.get("MASKCORE_TEST_SEED", "0"))
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_random_shapes(name: str, as_exact_as_torch: Callable[..., None]) -> None:
     """Shapes drawn until the time is up, after XNNPACK's FuzzTest. A failure prints what repeats it."""
