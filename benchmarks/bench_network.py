@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import engines
 import numpy as np
 import pytest
 import torch
@@ -30,7 +34,7 @@ def _flops(network: models.Network, n: int) -> int:
     return total * n
 
 
-def _pair(image_size: int) -> tuple[models.Network, torch.nn.Module]:
+def _pair(image_size: int) -> tuple[models.Network, Any]:
     network = models.create("final", image_size=image_size, seed=0)
     twin: Any = models.torch_twin(network)
     return network, twin.to(memory_format=torch.channels_last)
@@ -74,15 +78,70 @@ def bench_training_step(compare: Compare, batch_size: int, image_size: int) -> N
 
 
 @pytest.mark.parametrize("batch", [1, None], ids=["one", "batch"])
-def bench_inference(compare: Compare, batch: int | None, batch_size: int, image_size: int) -> None:
+def bench_inference(
+    compare: Compare, batch: int | None, batch_size: int, image_size: int, tmp_path: Path
+) -> None:
+    """Beside PyTorch and every other engine that is installed (pip install ".[bench]"), all in float32."""
     network, twin = _pair(image_size)
-    network.eval()
+    fast = models.for_inference(network)
     twin.eval()
     x, _ = _pictures(batch or batch_size, image_size)
+    threads, pictures = torch.get_num_threads(), x.contiguous()
+    calls = {name: build(twin, pictures, tmp_path, threads) for name, build in engines.installed().items()}
+    twin.to(memory_format=torch.channels_last)
     with torch.inference_mode():
-        error = ((network(x) - twin(x)).norm() / twin(x).norm()).item()
-        assert error <= 1e-4, f"the engines disagree by {error:.1e}"
-        compare(lambda: network(x), lambda: twin(x), flops=_flops(network, len(x)))
+        expected = twin(x)
+        for name, logits in [
+            ("maskcore", fast(x)),
+            *((name, call(pictures)) for name, call in calls.items()),
+        ]:
+            error = ((torch.as_tensor(logits) - expected).norm() / expected.norm()).item()
+            assert error <= 1e-3, f"{name} disagrees with PyTorch by {error:.1e}"
+        peers: dict[str, Callable[[], Any]] = {"PyTorch": lambda: twin(x)}
+        peers |= {name: functools.partial(call, pictures) for name, call in calls.items()}
+        compare(lambda: fast(x), peers, flops=_flops(network, len(x)))
+
+
+_STEPS = """
+import pathlib, sys, torch
+from maskcore import models, ops, optim, _native
+engine, size, batch, threads = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(threads)
+network = models.create("final", image_size=size, seed=0)
+if engine == "PyTorch":
+    network = models.torch_twin(network).to(memory_format=torch.channels_last)
+    optimizer, loss_of = torch.optim.Adam(network.parameters(), fused=True), torch.nn.functional.cross_entropy
+else:
+    _native.keep_heap()  # as the command train does
+    optimizer, loss_of = optim.Adam(network.parameters()), ops.softmax_cross_entropy
+x, target = torch.rand(batch, 3, size, size).to(memory_format=torch.channels_last), torch.arange(batch) % 3
+def peak():  # the resource module's figure would include the parent's at the fork
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
+before = peak()
+for _ in range(3):
+    optimizer.zero_grad()
+    loss_of(network(x), target).backward()
+    optimizer.step()
+print(before, peak())
+"""
+
+
+@pytest.mark.parametrize("batch", [8, 32])
+def bench_peak_memory(compare_memory: Callable[..., None], image_size: int, batch: int) -> None:
+    """The largest resident size of a process that makes three training steps, and what of it the steps added."""
+
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the largest resident size is read from Linux' /proc")
+
+    def measure(engine: str) -> tuple[float, float]:
+        arguments = [engine, str(image_size), str(batch), str(torch.get_num_threads())]
+        command = [sys.executable, "-c", _STEPS, *arguments]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        before, peak = (int(number) / 2**10 for number in done.stdout.split())
+        return before, peak
+
+    compare_memory(lambda: measure("maskcore"), lambda: measure("PyTorch"))
 
 
 def bench_adam(compare: Compare, image_size: int) -> None:

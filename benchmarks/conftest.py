@@ -1,7 +1,8 @@
-"""The comparison that every benchmark makes: maskcore and PyTorch in turn, in one process.
+"""The comparison that every benchmark makes: maskcore and its peers in turn, in one process.
 
-A round times PyTorch and then maskcore, so that a drift of the machine's speed falls on both. The table at
-the end has medians; pytest-benchmark's own table has the distribution of maskcore's times.
+A round times each peer and then maskcore, so that a drift of the machine's speed falls on all. The table at
+the end has medians; pytest-benchmark's own table has the distribution of maskcore's times. All run with a heap
+that is kept (as maskcore's commands have it): no engine's time is that of the system clearing pages.
 """
 
 from __future__ import annotations
@@ -17,28 +18,29 @@ import pytest
 import torch
 
 import maskcore
-from maskcore import models
+from maskcore import _native, models
 
 
 @dataclasses.dataclass
 class Comparison:
     name: str
+    peer: str
     ours: float  # seconds, median
     theirs: float
     work: float  # floating-point operations or bytes a call
     unit: str  # "GFLOP/s" or "GB/s"
 
     def line(self) -> str:
-        rate = self.work / self.ours / 1e9
-        other = self.work / self.theirs / 1e9
-        ours, theirs = self.ours * 1e3, self.theirs * 1e3
-        speedup = self.theirs / self.ours
-        return (
-            f"{self.name:44} {ours:9.2f} {theirs:9.2f} {speedup:7.2f}x {rate:8.1f} {other:8.1f}  {self.unit}"
-        )
+        rates = f"{self.work / self.ours / 1e9:8.1f} {self.work / self.theirs / 1e9:8.1f}"
+        times = f"{self.ours * 1e3:9.2f} {self.theirs * 1e3:9.2f} {self.theirs / self.ours:7.2f}x"
+        return f"{self.name:40} {self.peer:16} {times} {rates}  {self.unit}"
 
 
 _comparisons = pytest.StashKey[list[Comparison]]()
+_memory = pytest.StashKey[list[str]]()
+_phases = pytest.StashKey[list[str]]()
+#: csrc/phases.h, in its order.
+PHASES = ("filter transform", "input transform", "products", "output transform", "direct")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,11 +48,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rounds", type=int, default=9, help="timed rounds of each comparison")
     group.addoption("--batch-size", type=int, default=8, help="pictures in a batch")
     group.addoption("--image-size", type=int, default=256, help="side of the pictures, 124 or more")
+    group.addoption(
+        "--phases", action="store_true", help="show where the convolutions' time goes, a row a benchmark"
+    )
     group.addoption("--threads", type=int, default=os.cpu_count(), help="threads of both engines")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    _native.keep_heap()
     config.stash[_comparisons] = []
+    config.stash[_memory] = []
+    config.stash[_phases] = []
     torch.set_num_threads(config.getoption("--threads"))
 
 
@@ -78,28 +86,71 @@ def _seeded() -> None:
 
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
-    """compare(ours, theirs, flops=... or bytes=...) times both and adds a line to the table."""
+    """compare(ours, theirs, flops=... or bytes=...) times both and adds a line to the table.
+
+    ``theirs`` is PyTorch's way, or several peers' by their names, each with a line of its own.
+    """
 
     def run(
-        ours: Callable[[], Any], theirs: Callable[[], Any], *, flops: float = 0, bytes: float = 0
+        ours: Callable[[], Any],
+        theirs: Callable[[], Any] | dict[str, Callable[[], Any]],
+        *,
+        flops: float = 0,
+        bytes: float = 0,
     ) -> None:
-        their_times: list[float] = []
+        peers = theirs if isinstance(theirs, dict) else {"PyTorch": theirs}
+        times: dict[str, list[float]] = {name: [] for name in peers}
 
-        def time_theirs() -> None:
-            begin = time.perf_counter()
-            theirs()
-            their_times.append(time.perf_counter() - begin)
+        def time_peers() -> None:
+            for name, call in peers.items():
+                begin = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - begin)
 
-        time_theirs()  # warms up, as the next line does
+        time_peers()  # warms up, as the next line does
         ours()
-        their_times.clear()
-        benchmark.pedantic(ours, setup=time_theirs, rounds=request.config.getoption("--rounds"))
+        for found in times.values():
+            found.clear()
+        benchmark.pedantic(ours, setup=time_peers, rounds=request.config.getoption("--rounds"))
+        if request.config.getoption("--phases"):
+            request.config.stash[_phases].append(_shares(request.node.name, ours))
         unit = "GFLOP/s" if flops else "GB/s"
         name = request.node.name.removeprefix("bench_")
-        mine, other = benchmark.stats.stats.median, statistics.median(their_times)
-        line = Comparison(name, mine, other, flops or bytes, unit)
-        benchmark.extra_info.update({"torch_ms": other * 1e3, "speedup": other / mine})
-        request.config.stash[_comparisons].append(line)
+        mine = benchmark.stats.stats.median
+        for peer, found in times.items():
+            other = statistics.median(found)
+            benchmark.extra_info.update({f"{peer} ms": other * 1e3, f"speed-up over {peer}": other / mine})
+            line = Comparison(name, peer, mine, other, flops or bytes, unit)
+            request.config.stash[_comparisons].append(line)
+
+    return run
+
+
+def _shares(name: str, call: Callable[[], Any], calls: int = 5) -> str:
+    """Each phase's share of the threads' time; "other" is what no convolution does, and waiting."""
+    torch.ops.maskcore._phase_times()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    total = (time.perf_counter() - begin) * torch.get_num_threads()
+    shares = [seconds / total for seconds in torch.ops.maskcore._phase_times().tolist()]
+    cells = [f"{share:{len(phase)}.0%}" for phase, share in zip(PHASES, shares, strict=True)]
+    return f"{name.removeprefix('bench_'):40} {'  '.join(cells)}  {1 - sum(shares):5.0%}"
+
+
+@pytest.fixture
+def compare_memory(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
+    """compare_memory(ours, theirs): each runs a process and returns its resident MiB before the work and at most."""
+
+    def run(ours: Callable[[], tuple[float, float]], theirs: Callable[[], tuple[float, float]]) -> None:
+        found = [benchmark.pedantic(ours, rounds=1), theirs()]
+        name = request.node.name.removeprefix("bench_")
+        (before, peak), (their_before, their_peak) = found
+        benchmark.extra_info.update({"peak MiB": peak, "PyTorch peak MiB": their_peak})
+        request.config.stash[_memory].append(
+            f"{name:40} {peak:9.0f} {their_peak:9.0f} {peak / their_peak:7.2f}  MiB at most; "
+            f"above the start {peak - before:.0f} and {their_peak - their_before:.0f}"
+        )
 
     return run
 
@@ -113,28 +164,43 @@ def _median(call: Callable[[], Any], rounds: int = 5) -> float:
     return statistics.median(times[1:])
 
 
+def fma_lanes(steps: int) -> int:
+    """Runs the multiply-add loop; the number of lanes that it does at a step, over all threads."""
+    return int(torch.ops.maskcore._fma_loop(steps))
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    lines = config.stash[_comparisons]
-    if not lines:
+    lines, memory = config.stash[_comparisons], config.stash[_memory]
+    if not lines and not memory:
         return
-    a = torch.randn(1024, 1024)
-    product = 2 * 1024**3 / _median(lambda: a @ a) / 1e9
+    steps = 2_000_000
+    multiply_add = 2 * fma_lanes(steps) * steps / _median(lambda: fma_lanes(steps)) / 1e9
     source = torch.empty(64 * 2**20)
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / _median(lambda: target.copy_(source)) / 1e9
     write = terminalreporter.write_line
-    about = maskcore.config()
-    terminalreporter.section("maskcore beside PyTorch, medians")
-    for name, value in about.items():
+    terminalreporter.section("maskcore beside its peers, medians")
+    for name, value in maskcore.config().items():
         write(f"{name}: {value}")
     write(
         f"batch {config.getoption('--batch-size')}, pictures of {config.getoption('--image-size')} pixels, "
+        f"{config.getoption('--rounds')} rounds, all engines in turn"
     )
-    write(f"{config.getoption('--rounds')} rounds, both engines in turn")
-    write(f"this machine's ceilings now: matrix product {product:.0f} GFLOP/s, copy {copy:.1f} GB/s")
+    write(f"this machine's ceilings now: multiply-add {multiply_add:.0f} GFLOP/s, copy {copy:.1f} GB/s")
+    write("convolutions count as direct ones; Winograd's multiply a quarter as often")
     write("")
-    head = f"{'':44} {'maskcore':>9} {'PyTorch':>9} {'speed-up':>8} {'maskcore':>8} {'PyTorch':>8}"
-    write(head)
-    write(f"{'':44} {'ms':>9} {'ms':>9} {'':>8} {'rate':>8} {'rate':>8}")
+    columns = f"{'maskcore':>9} {'peer':>9} {'speed-up':>8} {'maskcore':>8} {'peer':>8}"
+    write(f"{'':40} {'':16} {columns}")
+    write(f"{'':40} {'':16} {'ms':>9} {'ms':>9} {'':>8} {'rate':>8} {'rate':>8}")
     for line in lines:
         write(line.line())
+    if memory:
+        write("")
+        write(f"{'':40} {'maskcore':>9} {'PyTorch':>9} {'ratio':>7}")
+        for text in memory:
+            write(text)
+    if config.stash[_phases]:
+        write("")
+        write(f"{'share of the threads time':40} {'  '.join(PHASES)}  other")
+        for text in config.stash[_phases]:
+            write(text)

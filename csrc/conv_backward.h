@@ -1,5 +1,5 @@
-// The gradients of a convolution, by Winograd or directly. `gradient` is a source (sources.h) of the gradient at
-// the convolution's output.
+// The gradients of a convolution, by Winograd or directly. `gradient` is a source (sources.h) of the gradient
+// at the convolution's output.
 #pragma once
 
 #include "conv_direct.h"

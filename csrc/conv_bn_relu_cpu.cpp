@@ -42,9 +42,7 @@ struct Moments {
   float* sums;                  // [groups][3][K]: shift, sum of z - shift, sum of (z - shift)^2
 
   Moments(int64_t groups, int64_t K)
-      : K(K),
-        pixels(static_cast<size_t>(groups)),
-        sums(workspace(Purpose::kStatistics, groups * 3 * K)) {}
+      : K(K), pixels(static_cast<size_t>(groups)), sums(workspace(Purpose::kStatistics, groups * 3 * K)) {}
 
   float* shift(int64_t group) const { return sums + group * 3 * K; }
 

@@ -14,9 +14,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "phases.h"
 #include "register_tile.h"
-#include "sources.h"
 #include "shapes.h"
+#include "sources.h"
 #include "vector.h"
 #include "workspace.h"
 
@@ -109,6 +110,7 @@ void convolve(const ConvShape& s, int64_t P, int64_t Q, const Source& source, co
   const int64_t rows = row_block(std::max(width, Q), std::max(s.C, s.K)), blocks = ceil_div(P, rows);
   const int64_t panels = ceil_div(s.K, kTileColumns);
   torch::stable::parallel_for(0, s.N * blocks, 1, [&](int64_t begin, int64_t end) {
+    PhaseClock clock;
     float* scratch = workspace(Purpose::kRows, (rows + 2) * pitch);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / blocks, first = task % blocks * rows, last = std::min(P, first + rows);
@@ -136,6 +138,7 @@ void convolve(const ConvShape& s, int64_t P, int64_t Q, const Source& source, co
       }
       finish(n, first, last);
     }
+    clock.end(Phase::kDirect);
   });
 }
 
@@ -207,6 +210,7 @@ void convolve_backward_weight(const ConvShape& s, const Input& input, const Grad
   float* partial_db = partial + chunks * partial_floats;
 
   torch::stable::parallel_for(0, chunks * k_parts, 1, [&](int64_t begin, int64_t end) {
+    PhaseClock clock;
     float* row = workspace(Purpose::kRows, std::max(width * s.C, s.Q * s.K));
     float* x_panels = workspace(Purpose::kInputPanel, (rows_max + 2) * width * s.C);
     float* g_panels = workspace(Purpose::kGradientPanel, part_panels * rows_max * s.Q * kTileColumns);
@@ -267,6 +271,7 @@ void convolve_backward_weight(const ConvShape& s, const Input& input, const Grad
         i += rows;
       }
     }
+    clock.end(Phase::kDirect);
   });
 
   torch::stable::parallel_for(0, panels * kTaps, 1, [&](int64_t begin, int64_t end) {

@@ -105,8 +105,7 @@ struct PoolOutput {
 };
 
 std::tuple<Tensor, Tensor> conv_relu_max_pool_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                                  int64_t padding,
-                                                  const std::optional<Tensor>& transformed) {
+                                                  int64_t padding, const std::optional<Tensor>& transformed) {
   const ConvShape s = ConvShape::of(x, weight, padding);
   check_tensor(bias, "bias", {s.K});
   const PoolShape pool{.N = s.N, .H = s.P, .W = s.Q, .C = s.K};
@@ -123,7 +122,8 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool_cpu(const Tensor& x, const Tensor&
   if (use_winograd(s)) {
     convolve_winograd(
         s, TileGrid{.N = s.N, .P = P, .Q = Q}, input, transformed_filter(s, weight_data, transformed),
-        PoolOutput{.y = y_data, .argmax = argmax_data, .P = pool.P, .Q = pool.Q, .K = s.K, .bias = bias_data});
+        PoolOutput{
+            .y = y_data, .argmax = argmax_data, .P = pool.P, .Q = pool.Q, .K = s.K, .bias = bias_data});
     return {y, argmax};
   }
   const auto convolved = [=](int64_t slot) {

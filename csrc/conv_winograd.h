@@ -11,8 +11,8 @@
 // In two dimensions every transform is applied to the columns and then to the rows:
 //   forward          Y  = A^T [U . V] A,   U = G g G^T,  V = B^T X B
 //   backward         dM = A dY A^T,  dX = B [U . dM] B^T,  dg = G^T [sum over tiles of V . dM] G
-// (the exact adjoint; 6 x 6 inputs of neighbouring tiles overlap by 2, where dX is their sum). The products over
-// input channels, output channels or tiles are 36 matrix products each, one a component.
+// (the exact adjoint; 6 x 6 inputs of neighbouring tiles overlap by 2, where dX is their sum). The products
+// over input channels, output channels or tiles are 36 matrix products each, one a component.
 //
 // A block of tiles is transformed, multiplied and transformed back while it lies in a core's L2 cache.
 // A number of the output depends on its tile alone, and every sum over tiles runs in their order:
@@ -27,6 +27,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "phases.h"
 #include "register_tile.h"
 #include "shapes.h"
 #include "sources.h"
@@ -160,8 +161,9 @@ inline __attribute__((always_inline)) void transform_square(void (&transform)(co
 
 // ---- filters ---------------------------------------------------------------------------------
 
-/// The filters G g G^T as the products read them: [36][panels of columns][rows][kTileColumns], zero-padded in the
-/// columns. Forward the rows are input channels and the columns output channels; backward they are exchanged.
+/// The filters G g G^T as the products read them: [36][panels of columns][rows][kTileColumns], zero-padded in
+/// the columns. Forward the rows are input channels and the columns output channels; backward they are
+/// exchanged.
 struct FilterShape {
   int64_t rows, columns;
   int64_t row_stride, column_stride;  // in the weight, floats
@@ -181,6 +183,7 @@ struct FilterShape {
 
 inline void transform_filters(const float* weight, const FilterShape& f, float* out) {
   torch::stable::parallel_for(0, f.panels * f.rows, 16, [=](int64_t begin, int64_t end) {
+    PhaseClock clock;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / f.rows * kTileColumns;
       const float* g = weight + i % f.rows * f.row_stride + first * f.column_stride;
@@ -197,6 +200,7 @@ inline void transform_filters(const float* weight, const FilterShape& f, float* 
             });
       }
     }
+    clock.end(Phase::kFilterTransform);
   });
 }
 
@@ -263,9 +267,7 @@ struct TilePanels {
     return data + component * component_floats + panel * panel_floats + tile * kTileColumns;
   }
   /// Component 0 of a tile's channels from c on; c is a multiple of kLanes.
-  float* channel(int64_t tile, int64_t c) const {
-    return at(0, c / kTileColumns, tile) + c % kTileColumns;
-  }
+  float* channel(int64_t tile, int64_t c) const { return at(0, c / kTileColumns, tile) + c % kTileColumns; }
 };
 
 /// V of one tile, whose first input is at (h, w), which may be in the margin of zeros.
@@ -354,7 +356,8 @@ inline void multiply_component(int64_t component, const TilePanels& v, const flo
   for (int64_t panel = first; panel < last; ++panel) {
     const float* u = filter + (component * panels + panel) * v.channels * kTileColumns;
     for_each_tile(tiles, [&]<int M>(int64_t i) {
-      multiply_tile<M>(v.at(component, 0, i), v.panel_floats, u, v.channels, m.at(component, panel - first, i));
+      multiply_tile<M>(v.at(component, 0, i), v.panel_floats, u, v.channels,
+                       m.at(component, panel - first, i));
     });
   }
 }
@@ -373,16 +376,19 @@ void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& s
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first_block, int64_t last_block) {
     const TilePanels v(Purpose::kInputPanel, s.C, block_tiles);
     const TilePanels m(Purpose::kConvolved, pass_panels * kTileColumns, block_tiles);
+    PhaseClock clock;
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t begin = block * grid.tiles / blocks, end = (block + 1) * grid.tiles / blocks;
       for_each_grid_tile(grid, begin, end, [&](const Tile& tile, int64_t i) {
         load_input_tile(source, tile.n, tile.p - s.padding, tile.q - s.padding, v, i);
       });
+      clock.end(Phase::kInputTransform);
       for (int64_t first = 0; first < panels; first += pass_panels) {
         const int64_t last = std::min(panels, first + pass_panels);
         for (int64_t component = 0; component < kComponents; ++component) {
           multiply_component(component, v, filter, panels, first, last, end - begin, m);
         }
+        clock.end(Phase::kProducts);
         const int64_t k = first * kTileColumns, channels = std::min(s.K - k, m.channels);
         for_each_grid_tile(grid, begin, end, [&](const Tile& tile, int64_t i) {
           for_each_vector(channels, [&](int64_t pass_k, auto lanes) {
@@ -395,6 +401,7 @@ void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& s
             sink.save(block, tile, k + pass_k, lanes, y);
           });
         });
+        clock.end(Phase::kOutputTransform);
       }
     }
   });
@@ -423,9 +430,10 @@ struct StoreOutput {
 // ---- backward --------------------------------------------------------------------------------
 
 // Two ways to share the work out. Where dU is small, the rows of tiles are cut into a fixed number of pieces,
-// each with a dU of its own; a piece works on blocks of tiles whose V and dM lie in L2. Where dU is large, all
-// cores transform a batch of tiles into the shared L3, share out the components of one dU, and then transform dV
-// back, an image and a panel of channels at a time. The number of pieces does not depend on the threads.
+// each with a dU of its own; a piece works on blocks of tiles whose V and dM lie in L2. Where dU is large,
+// all cores transform a batch of tiles into the shared L3, share out the components of one dU, and then
+// transform dV back, an image and a panel of channels at a time. The number of pieces does not depend on the
+// threads.
 inline constexpr int64_t kWeightPieces = 16;
 inline constexpr int64_t kPieceBytes = 1024 * 1024;      // the largest dU of a piece
 inline constexpr int64_t kBatchBytes = 8 * 1024 * 1024;  // V and dM of a batch
@@ -472,8 +480,9 @@ struct InputGradient {
   float* dx;
   int64_t H, W, C, padding;
 
-  /// The channels [begin, end) of a tile whose dV is tile `at` of v. Where an earlier tile has written, it adds.
-  /// `top`, if not null, takes the first two rows, [2][W][C], instead of dx: the tiles above are another's.
+  /// The channels [begin, end) of a tile whose dV is tile `at` of v. Where an earlier tile has written, it
+  /// adds. `top`, if not null, takes the first two rows, [2][W][C], instead of dx: the tiles above are
+  /// another's.
   void save_tile(const TilePanels& v, int64_t at, const Tile& tile, int64_t begin, int64_t end,
                  float* top) const {
     const int64_t h = tile.p - padding, w = tile.q - padding;
@@ -506,8 +515,8 @@ struct InputGradient {
   }
 };
 
-/// dw [K,C,3,3]; db [K] and dx [N,H,W,C] where they are not null. `input` is the source of x, `gradient` that of
-/// the gradient at the convolution's output, which is read once.
+/// dw [K,C,3,3]; db [K] and dx [N,H,W,C] where they are not null. `input` is the source of x, `gradient` that
+/// of the gradient at the convolution's output, which is read once.
 template <class Input, class Gradient>
 void convolve_backward_winograd(const ConvShape& s, const Input& input, const Gradient& gradient,
                                 const float* weight, float* dx, float* dw, float* db) {
@@ -518,10 +527,11 @@ void convolve_backward_winograd(const ConvShape& s, const Input& input, const Gr
   const int64_t du_component = K_panels * s.C * kTileColumns, du_piece = kComponents * du_component;
   const bool shared = du_piece * 4 > kPieceBytes;
   const int64_t tile_rows = grid.N * grid.rows, pieces = shared ? 1 : std::min(tile_rows, kWeightPieces);
-  const int64_t batch = std::min(ceil_div(grid.tiles, kGroupTiles),
-                                 std::max<int64_t>((shared ? kBatchBytes : kBlockBytes) / tile_bytes / kGroupTiles,
-                                                   shared ? 4 : 2)) *
-                        kGroupTiles;
+  const int64_t batch =
+      std::min(ceil_div(grid.tiles, kGroupTiles),
+               std::max<int64_t>((shared ? kBatchBytes : kBlockBytes) / tile_bytes / kGroupTiles,
+                                 shared ? 4 : 2)) *
+      kGroupTiles;
   const int64_t sums = shared ? ceil_div(grid.tiles, kGroupTiles) : pieces;
   float* du = workspace(Purpose::kPartial, pieces * du_piece);
   float* partial_db = workspace(Purpose::kStatistics, sums * s.K);
@@ -536,9 +546,10 @@ void convolve_backward_winograd(const ConvShape& s, const Input& input, const Gr
       load_gradient_tile(gradient, tile, m, at + i, sum);
     });
   };
+
   // dV replaces V, which is not needed once its component of dU is complete.
-  const auto multiply = [&](int64_t component, const TilePanels& v, const TilePanels& m, int64_t tiles, bool add,
-                            float* piece_du) {
+  const auto multiply = [&](int64_t component, const TilePanels& v, const TilePanels& m, int64_t tiles,
+                            bool add, float* piece_du) {
     multiply_weight_component(component, v, m, tiles, add, piece_du + component * du_component);
     if (dx != nullptr) multiply_component(component, m, filter, C_panels, 0, C_panels, tiles, v);
   };
@@ -547,23 +558,28 @@ void convolve_backward_winograd(const ConvShape& s, const Input& input, const Gr
     const TilePanels v(Purpose::kInputPanel, s.C, batch), m(Purpose::kGradientPanel, s.K, batch);
     for (int64_t first = 0; first < grid.tiles; first += batch) {
       const int64_t last = std::min(grid.tiles, first + batch);
-      torch::stable::parallel_for(
-          first / kGroupTiles, ceil_div(last, kGroupTiles), 1, [&](int64_t first_group, int64_t last_group) {
-            for (int64_t group = first_group; group < last_group; ++group) {
-              const int64_t begin = group * kGroupTiles;
-              transform(begin, std::min(last, begin + kGroupTiles), v, m, begin - first,
-                        partial_db + group * s.K);
-            }
-          });
+      torch::stable::parallel_for(first / kGroupTiles, ceil_div(last, kGroupTiles), 1,
+                                  [&](int64_t first_group, int64_t last_group) {
+                                    PhaseClock clock;
+                                    for (int64_t group = first_group; group < last_group; ++group) {
+                                      const int64_t begin = group * kGroupTiles;
+                                      transform(begin, std::min(last, begin + kGroupTiles), v, m,
+                                                begin - first, partial_db + group * s.K);
+                                    }
+                                    clock.end(Phase::kInputTransform);
+                                  });
       torch::stable::parallel_for(0, kComponents, 1, [&](int64_t begin, int64_t end) {
+        PhaseClock clock;
         for (int64_t component = begin; component < end; ++component) {
           multiply(component, v, m, last - first, first > 0, du);
         }
+        clock.end(Phase::kProducts);
       });
       if (dx == nullptr) continue;
       const int64_t image_tiles = grid.rows * grid.columns, first_image = first / image_tiles;
       const int64_t tasks = (ceil_div(last, image_tiles) - first_image) * C_panels;
       torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
+        PhaseClock clock;
         for (int64_t task = first_task; task < last_task; ++task) {
           const int64_t image = first_image + task / C_panels, c = task % C_panels * kTileColumns;
           const int64_t begin = std::max(first, image * image_tiles),
@@ -572,6 +588,7 @@ void convolve_backward_winograd(const ConvShape& s, const Input& input, const Gr
             input_gradient.save_tile(v, begin - first + i, tile, c, std::min(s.C, c + kTileColumns), nullptr);
           });
         }
+        clock.end(Phase::kOutputTransform);
       });
     }
   } else {
@@ -581,20 +598,24 @@ void convolve_backward_winograd(const ConvShape& s, const Input& input, const Gr
     const auto first_row = [&](int64_t piece) { return piece * tile_rows / pieces; };
     torch::stable::parallel_for(0, pieces, 1, [&](int64_t first_piece, int64_t last_piece) {
       const TilePanels v(Purpose::kInputPanel, s.C, batch), m(Purpose::kGradientPanel, s.K, batch);
+      PhaseClock clock;
       for (int64_t piece = first_piece; piece < last_piece; ++piece) {
         const int64_t begin = first_row(piece) * grid.columns, end = first_row(piece + 1) * grid.columns;
         const int64_t top_end = first_row(piece) % grid.rows == 0 ? begin : begin + grid.columns;
         for (int64_t first = begin; first < end; first += batch) {
           const int64_t last = std::min(end, first + batch);
           transform(first, last, v, m, 0, partial_db + piece * s.K);
+          clock.end(Phase::kInputTransform);
           for (int64_t component = 0; component < kComponents; ++component) {
             multiply(component, v, m, last - first, first > begin, du + piece * du_piece);
           }
+          clock.end(Phase::kProducts);
           if (dx == nullptr) continue;
           for_each_grid_tile(grid, first, last, [&](const Tile& tile, int64_t i) {
             input_gradient.save_tile(v, i, tile, 0, s.C,
                                      first + i < top_end ? tops + piece * top_floats : nullptr);
           });
+          clock.end(Phase::kOutputTransform);
         }
       }
     });
@@ -608,6 +629,7 @@ void convolve_backward_winograd(const ConvShape& s, const Input& input, const Gr
   }
 
   torch::stable::parallel_for(0, K_panels * s.C, 16, [&](int64_t begin, int64_t end) {
+    PhaseClock clock;
     for (int64_t row = begin; row < end; ++row) {
       const int64_t panel = row / s.C, c = row % s.C, first = panel * kTileColumns;
       const int64_t lanes = std::min<int64_t>(kTileColumns, s.K - first);
@@ -627,6 +649,7 @@ void convolve_backward_winograd(const ConvShape& s, const Input& input, const Gr
         for (int64_t tap = 0; tap < kTaps; ++tap) dw[((first + j) * s.C + c) * kTaps + tap] = taps[tap][j];
       }
     }
+    clock.end(Phase::kFilterTransform);
   });
   for (int64_t k = 0; db != nullptr && k < s.K; ++k) {
     double total = 0;

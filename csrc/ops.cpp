@@ -29,4 +29,6 @@ STABLE_TORCH_LIBRARY(maskcore, m) {
   m.def(
       "adam_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
       " float lr, float beta1, float beta2, float eps, float l2, int step, bool keras_epsilon) -> ()");
+  m.def("_fma_loop(int steps) -> int");
+  m.def("_phase_times() -> Tensor");
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from maskcore import commandline, data, figures, machine
+from maskcore import commandline, data, figures, machine, models
 from maskcore.checkpoint import Meta, load_model, locate
 from maskcore.errors import UserError
 from maskcore.pictures import name_in, picture_root, split_pictures, write_skipped

@@ -1,7 +1,4 @@
-"""Pictures for people: training curves, confusion matrix, sheet of mistakes.
-
-Curves and matrix need matplotlib (``pip install "maskcore[plots]"``); the sheet needs Pillow only.
-"""
+"""Pictures for people: training curves, confusion matrix, sheet of mistakes."""
 
 from __future__ import annotations
 

@@ -102,9 +102,7 @@ def conv_relu_reference(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 
 
 
 @_fake("maskcore::conv_relu")
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, padding: int, transformed: Tensor | None = None
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor, padding: int, transformed: Tensor | None = None) -> Tensor:
     P, Q = _output_size(x.shape[1], x.shape[2], padding)
     return x.new_empty(x.shape[0], P, Q, weight.shape[0])
 

@@ -1,0 +1,155 @@
+"""Other inference engines with the same network in them: what the benchmarks compare with, where installed.
+
+Each builder takes a network of torch.nn layers in evaluation mode and the number of pictures in a batch, and returns a
+call: pictures ``[N, 3, S, S]`` float32, contiguous -> logits ``[N, classes]`` as numpy, all on the CPU in float32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskcore.ops import fold_batch_norm
+
+Call = Callable[[Tensor], Any]
+Builder = Callable[
+    [Any, Tensor, Path, int], Call
+]  # network of torch.nn layers, pictures, scratch folder, threads
+
+
+def _onnx(twin: Any, x: Tensor, folder: Path) -> Path:
+    path = folder / f"network-{len(x)}.onnx"
+    if not path.exists():
+        torch.onnx.export(
+            twin.to(memory_format=torch.contiguous_format),
+            (x,),
+            path,
+            input_names=["pictures"],
+            output_names=["logits"],
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+        )
+    return path
+
+
+def onnx_runtime(twin: Any, x: Tensor, folder: Path, threads: int) -> Call:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    path = _onnx(twin, x, folder)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda pictures: session.run(None, {"pictures": pictures.numpy()})[0]
+
+
+def openvino(twin: Any, x: Tensor, folder: Path, threads: int) -> Call:
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(str(_onnx(twin, x, folder)), "CPU", settings)
+    request = compiled.create_infer_request()
+    return lambda pictures: request.infer({0: pictures.numpy()})[0]
+
+
+def mnn(twin: Any, x: Tensor, folder: Path, threads: int) -> Call:
+    import MNN
+
+    path = folder / f"network-{len(x)}.mnn"
+    convert = [sys.executable, "-m", "MNN.tools.mnnconvert", "-f", "ONNX", "--bizCode", "maskcore"]
+    model = ["--modelFile", str(_onnx(twin, x, folder)), "--MNNModel", str(path)]
+    subprocess.run([*convert, *model], check=True, capture_output=True)
+    settings = ({"backend": "CPU", "numThread": threads, "precision": "high"},)
+    manager = MNN.nn.create_runtime_manager(settings)
+    network = MNN.nn.load_module_from_file(str(path), ["pictures"], ["logits"], runtime_manager=manager)
+    expr = MNN.expr
+
+    def call(pictures: Tensor) -> Any:
+        placed = expr.placeholder(list(pictures.shape), expr.NCHW)
+        placed.write(pictures.numpy())
+        return network.forward([placed])[0].read()
+
+    return call
+
+
+def ncnn(twin: Any, x: Tensor, folder: Path, threads: int) -> Call:
+    """ncnn has no batches: pictures go one by one."""
+    import ncnn
+
+    param, weights = folder / "network.param", folder / "network.bin"
+    _write_ncnn(twin, x, param, weights)
+    network = ncnn.Net()
+    network.opt.num_threads = threads
+    network.opt.use_fp16_storage = network.opt.use_fp16_arithmetic = network.opt.use_bf16_storage = False
+    network.load_param(str(param))
+    network.load_model(str(weights))
+
+    def call(pictures: Tensor) -> Any:
+        logits = []
+        for picture in pictures.numpy():
+            extractor = network.create_extractor()
+            extractor.input("0", ncnn.Mat(picture))
+            logits.append(np.array(extractor.extract(str(last))[1]))
+        return np.stack(logits)
+
+    last = int(param.read_text().splitlines()[-1].split()[5])
+    return call
+
+
+def _write_ncnn(twin: Any, x: Tensor, param: Path, weights: Path) -> None:
+    """ncnn's own two files; batch normalisation is folded and ReLU fused, as its optimiser does."""
+    lines = ["Input input 0 1 0"]
+    blobs: list[np.ndarray] = []
+    modules = [m for m in twin.modules() if not list(m.children())]
+    shape = tuple(x.shape[1:])
+    for i, module in enumerate(modules):
+        if isinstance(module, torch.nn.Conv2d):
+            weight, bias = module.weight.detach(), module.bias.detach() if module.bias is not None else None
+            assert bias is not None
+            following = modules[i + 1]
+            if isinstance(following, torch.nn.BatchNorm2d):
+                statistics: Any = following.running_mean, following.running_var
+                affine = following.weight.detach(), following.bias.detach()
+                weight, bias = fold_batch_norm(weight, bias, *affine, *statistics, following.eps)
+            settings = f"0={len(weight)} 1=3 4={module.padding[0]} 5=1 6={weight.numel()} 9=1"
+            lines.append(f"Convolution conv{i} 1 1 {len(lines) - 1} {len(lines)} {settings}")
+            blobs += [np.zeros(1, np.float32), weight.numpy(), bias.numpy()]
+        elif isinstance(module, torch.nn.MaxPool2d):
+            lines.append(f"Pooling pool{i} 1 1 {len(lines) - 1} {len(lines)} 0=0 1=2 2=2 5=1")
+        elif isinstance(module, torch.nn.Linear):
+            weight = module.weight.detach()
+            relu = i + 1 < len(modules) and isinstance(modules[i + 1], torch.nn.ReLU)
+            settings = f"0={len(weight)} 1=1 2={weight.numel()} 9={int(relu)}"
+            lines.append(f"InnerProduct dense{i} 1 1 {len(lines) - 1} {len(lines)} {settings}")
+            if shape:  # the first one: this network flattens [H, W, C], ncnn [C, H, W]
+                C = [m for m in modules if isinstance(m, torch.nn.Conv2d)][-1].out_channels
+                side = round((weight.shape[1] // C) ** 0.5)
+                weight = weight.view(-1, side, side, C).permute(0, 3, 1, 2).flatten(1)
+                shape = ()
+            blobs += [np.zeros(1, np.float32), weight.numpy(), module.bias.detach().numpy()]
+    param.write_text("\n".join(["7767517", f"{len(lines)} {len(lines)}", *lines]) + "\n")
+    weights.write_bytes(b"".join(np.ascontiguousarray(blob, np.float32).tobytes() for blob in blobs))
+
+
+def installed() -> dict[str, Builder]:
+    """The engines that can be imported, by the name that the table gives them."""
+    engines: dict[str, tuple[str, Builder]] = {
+        "ONNX Runtime": ("onnxruntime", onnx_runtime),
+        "OpenVINO": ("openvino", openvino),
+        "MNN": ("MNN", mnn),
+        "ncnn": ("ncnn", ncnn),
+    }
+    onnx = importlib.util.find_spec("onnxscript") is not None
+    return {
+        name: builder
+        for name, (package, builder) in engines.items()
+        if importlib.util.find_spec(package) is not None and (onnx or name == "ncnn")
+    }
