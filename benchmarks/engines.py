@@ -116,9 +116,10 @@ def _write_ncnn(twin: Any, x: Tensor, param: Path, weights: Path) -> None:
             assert bias is not None
             following = modules[i + 1]
             if isinstance(following, torch.nn.BatchNorm2d):
-                statistics: Any = following.running_mean, following.running_var
-                affine = following.weight.detach(), following.bias.detach()
-                weight, bias = fold_batch_norm(weight, bias, *affine, *statistics, following.eps)
+                mean: Any = following.running_mean
+                var: Any = following.running_var
+                gamma, beta = following.weight.detach(), following.bias.detach()
+                weight, bias = fold_batch_norm(weight, bias, gamma, beta, mean, var, following.eps)
             settings = f"0={len(weight)} 1=3 4={module.padding[0]} 5=1 6={weight.numel()} 9=1"
             lines.append(f"Convolution conv{i} 1 1 {len(lines) - 1} {len(lines)} {settings}")
             blobs += [np.zeros(1, np.float32), weight.numpy(), bias.numpy()]

@@ -62,7 +62,8 @@ def inference_calls(n: int, size: int, threads: int, everybody: bool) -> dict[st
 
 def step_calls(n: int, size: int) -> dict[str, Callable[[], Any]]:
     network = models.create("final", image_size=size, seed=0)
-    twin: Any = models.torch_twin(network).to(memory_format=torch.channels_last)
+    twin: Any = models.torch_twin(network)
+    twin.to(memory_format=torch.channels_last)
     x, target = pictures(n, size), torch.arange(n) % 3
     ours, theirs = optim.Adam(network.parameters()), torch.optim.Adam(twin.parameters(), fused=True)
 

@@ -80,3 +80,23 @@ def test_operators_of_the_other_instruction_sets(isa: str) -> None:
     found = run("-m", "pytest", "test_ops.py", "-q", "-x", "--no-header", *chosen, isa=isa)
     assert found.returncode == 0, found.stdout[-4000:]
     assert " passed" in found.stdout
+
+
+def test_the_heap_is_kept() -> None:
+    """Memory that is freed and asked for again brings no new page faults."""
+    program = """
+import resource, torch
+from maskcore import _native
+_native.keep_heap()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(64 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first, second = faults(), faults()
+print(first, second)
+"""
+    found = run("-c", program, isa=None)
+    first, second = map(int, found.stdout.split())
+    if first < 100:
+        pytest.skip("this system's pages are too large to be counted")
+    assert second < first / 10

@@ -325,6 +325,23 @@ def test_winograd_spreads_nan_over_tiles_only(monkeypatch: pytest.MonkeyPatch) -
     assert not nan.any()
 
 
+def test_phases_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the algorithm that runs, and of it alone; reading them starts anew."""
+    inputs = conv_inputs(Case(1, 16, 16, 34, 34, 0))
+    for algorithm, timed in (("winograd", [True, True, True, True, False]), ("direct", [False] * 4 + [True])):
+        monkeypatch.setenv("MASKCORE_CONV", algorithm)
+        torch.ops.maskcore._phase_times()
+        ops.conv_relu(**inputs)
+        assert [seconds > 0 for seconds in torch.ops.maskcore._phase_times().tolist()] == timed
+    assert torch.ops.maskcore._phase_times().tolist() == [0.0] * 5
+
+
+def test_multiply_add_loop_counts_its_lanes() -> None:
+    """12 chains of vectors of 4, 8 or 16 numbers a thread."""
+    torch.set_num_threads(2)
+    assert torch.ops.maskcore._fma_loop(10) in (2 * 12 * 4, 2 * 12 * 8, 2 * 12 * 16)
+
+
 # ---- exact cases ---------------------------------------------------------------------------------
 
 
@@ -903,10 +920,14 @@ def op_samples() -> dict[str, list[tuple[Any, ...]]]:
     }
 
 
+MEASURING = {"_fma_loop", "_phase_times"}  # for the benchmarks: they compute nothing
 REGISTERED = sorted(
-    name.removeprefix("maskcore::")
-    for name in torch._C._dispatch_get_all_op_names()
-    if name.startswith("maskcore::")
+    {
+        name.removeprefix("maskcore::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("maskcore::")
+    }
+    - MEASURING
 )
 
 
