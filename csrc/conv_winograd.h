@@ -137,9 +137,8 @@ inline void transform_filter_gradient(const Vec (&u)[kIn], Vec (&g)[3]) {
 /// T applied to the columns and then to the rows of a From x From square:
 /// load(i, j) -> Vec gives its elements, save(i, j, Vec) takes those of the To x To result.
 template <int From, int To, class Load, class Save>
-inline __attribute__((always_inline)) void transform_square(void (&transform)(const Vec (&)[From],
-                                                                              Vec (&)[To]),
-                                                            const Load& load, const Save& save) {
+inline MASKCORE_INLINE void transform_square(void (&transform)(const Vec (&)[From], Vec (&)[To]),
+                                             const Load& load, const Save& save) {
   Vec half[To][From];
 #pragma GCC unroll 6
   for (int j = 0; j < From; ++j) {
@@ -296,6 +295,7 @@ template <class Gradient>
 void load_gradient_tile(const Gradient& gradient, const Tile& tile, const TilePanels& m, int64_t at,
                         float* sum) {
   for_each_vector(gradient.C, [&](int64_t c, auto lanes) {
+    float* out = m.channel(at, c);
     Vec g[kOut][kOut];
     if (tile.whole()) {
       load_square(gradient, tile.n, tile.p, tile.q, c, lanes, g);
@@ -308,7 +308,6 @@ void load_gradient_tile(const Gradient& gradient, const Tile& tile, const TilePa
       }
     }
     Vec total = load(sum + c, lanes);
-    float* out = m.channel(at, c);
     transform_square<kOut, kIn>(
         transform_gradient,
         [&](int i, int j) {

@@ -26,8 +26,9 @@ int64_t fma_loop_cpu(int64_t steps) {
 #pragma GCC unroll 12
         for (int j = 0; j < kChains; ++j) sum[j] = sum[j] * w + y;
       }
-      for (int j = 1; j < kChains; ++j) sum[0] += sum[j];
-      asm volatile("" : : "m"(sum[0]));
+      Vec total{};
+      for (int j = 0; j < kChains; ++j) total += sum[j];
+      asm volatile("" : : "m"(total));
       lanes += kChains * kLanes;
     }
   });

@@ -14,8 +14,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// acc[i][:] += x[i stride] w[:]: one step of a register tile, M * 2 multiply-adds.
 template <int M>
-inline __attribute__((always_inline)) void tile_step(Vec (&acc)[M][kTileVectors], const float* x,
-                                                     int64_t stride, const float* w) {
+inline MASKCORE_INLINE void tile_step(Vec (&acc)[M][kTileVectors], const float* x, int64_t stride,
+                                      const float* w) {
   const Vec w0 = load(w), w1 = load(w + kLanes);
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <type_traits>
 
+#define MASKCORE_INLINE __attribute__((always_inline))
+
 namespace maskcore {
 
 // Register tile of the matrix products: kTileRows x (kTileVectors vectors) accumulators, kTileVectors

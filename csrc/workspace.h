@@ -39,7 +39,7 @@ inline float* workspace(Purpose purpose, int64_t floats) {
   constexpr size_t kLine = 64, kHugePage = 2 * 1024 * 1024;
   const size_t wanted = static_cast<size_t>(floats) * sizeof(float);
   if (wanted > buffer.bytes) {
-    const size_t unit = wanted >= kHugePage / 4 ? kHugePage : kLine,
+    const size_t unit = wanted >= kHugePage / 32 ? kHugePage : kLine,
                  bytes = (wanted + unit - 1) / unit * unit;
     buffer.data.reset();  // frees the old block before the larger one is asked for
     buffer.bytes = 0;
