@@ -13,7 +13,7 @@ void convolve_backward(const ConvShape& s, const Gradient& gradient, const float
                        float* dx, float* dweight, float* dbias) {
   const Activation input{x, s.H, s.W, s.C};
   if (use_winograd(s)) {
-    convolve_backward_winograd(s, input, gradient, weight, dx, dweight, dbias);
+    WinogradBackward(s, input, gradient, weight, dx).run(dweight, dbias);
   } else {
     convolve_backward_weight(s, input, gradient, dweight, dbias);
     if (dx != nullptr) convolve_backward_data(s, gradient, weight, dx);

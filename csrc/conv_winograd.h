@@ -514,147 +514,175 @@ struct InputGradient {
   }
 };
 
-/// dw [K,C,3,3]; db [K] and dx [N,H,W,C] where they are not null. `input` is the source of x, `gradient` that
-/// of the gradient at the convolution's output, which is read once.
-template <class Input, class Gradient>
-void convolve_backward_winograd(const ConvShape& s, const Input& input, const Gradient& gradient,
-                                const float* weight, float* dx, float* dw, float* db) {
-  const TileGrid grid{.N = s.N, .P = s.P, .Q = s.Q};
-  const int64_t C_panels = ceil_div(s.C, kTileColumns), K_panels = ceil_div(s.K, kTileColumns);
-  const int64_t tile_bytes = kComponents * 4 * kTileColumns * (C_panels + K_panels);
-  // dU: [piece][36][panel of K][C][kTileColumns]
-  const int64_t du_component = K_panels * s.C * kTileColumns, du_piece = kComponents * du_component;
-  const bool shared = du_piece * 4 > kPieceBytes;
-  const int64_t tile_rows = grid.N * grid.rows, pieces = shared ? 1 : std::min(tile_rows, kWeightPieces);
-  const int64_t batch =
-      std::min(ceil_div(grid.tiles, kGroupTiles),
-               std::max<int64_t>((shared ? kBatchBytes : kBlockBytes) / tile_bytes / kGroupTiles,
-                                 shared ? 4 : 2)) *
-      kGroupTiles;
-  const int64_t sums = shared ? ceil_div(grid.tiles, kGroupTiles) : pieces;
-  float* du = workspace(Purpose::kPartial, pieces * du_piece);
-  float* partial_db = workspace(Purpose::kStatistics, sums * s.K);
-  std::fill(partial_db, partial_db + sums * s.K, 0.0f);
-  const float* filter = dx == nullptr ? nullptr : transform_filters(weight, FilterShape::backward(s.K, s.C));
-  const InputGradient input_gradient{.dx = dx, .H = s.H, .W = s.W, .C = s.C, .padding = s.padding};
-
-  const auto transform = [&](int64_t begin, int64_t end, const TilePanels& v, const TilePanels& m, int64_t at,
-                             float* sum) {
-    for_each_grid_tile(grid, begin, end, [&](const Tile& tile, int64_t i) {
-      load_input_tile(input, tile.n, tile.p - s.padding, tile.q - s.padding, v, at + i);
-      load_gradient_tile(gradient, tile, m, at + i, sum);
-    });
-  };
-
-  // dV replaces V, which is not needed once its component of dU is complete.
-  const auto multiply = [&](int64_t component, const TilePanels& v, const TilePanels& m, int64_t tiles,
-                            bool add, float* piece_du) {
-    multiply_weight_component(component, v, m, tiles, add, piece_du + component * du_component);
-    if (dx != nullptr) multiply_component(component, m, filter, C_panels, 0, C_panels, tiles, v);
-  };
-
-  if (shared) {
-    const TilePanels v(Purpose::kInputPanel, s.C, batch), m(Purpose::kGradientPanel, s.K, batch);
-    for (int64_t first = 0; first < grid.tiles; first += batch) {
-      const int64_t last = std::min(grid.tiles, first + batch);
-      torch::stable::parallel_for(first / kGroupTiles, ceil_div(last, kGroupTiles), 1,
-                                  [&](int64_t first_group, int64_t last_group) {
-                                    PhaseClock clock;
-                                    for (int64_t group = first_group; group < last_group; ++group) {
-                                      const int64_t begin = group * kGroupTiles;
-                                      transform(begin, std::min(last, begin + kGroupTiles), v, m,
-                                                begin - first, partial_db + group * s.K);
-                                    }
-                                    clock.end(Phase::kInputTransform);
-                                  });
-      torch::stable::parallel_for(0, kComponents, 1, [&](int64_t begin, int64_t end) {
-        PhaseClock clock;
-        for (int64_t component = begin; component < end; ++component) {
-          multiply(component, v, m, last - first, first > 0, du);
-        }
-        clock.end(Phase::kProducts);
-      });
-      if (dx == nullptr) continue;
-      const int64_t image_tiles = grid.rows * grid.columns, first_image = first / image_tiles;
-      const int64_t tasks = (ceil_div(last, image_tiles) - first_image) * C_panels;
-      torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
-        PhaseClock clock;
-        for (int64_t task = first_task; task < last_task; ++task) {
-          const int64_t image = first_image + task / C_panels, c = task % C_panels * kTileColumns;
-          const int64_t begin = std::max(first, image * image_tiles),
-                        end = std::min(last, (image + 1) * image_tiles);
-          for_each_grid_tile(grid, begin, end, [&](const Tile& tile, int64_t i) {
-            input_gradient.save_tile(v, begin - first + i, tile, c, std::min(s.C, c + kTileColumns), nullptr);
-          });
-        }
-        clock.end(Phase::kOutputTransform);
-      });
-    }
-  } else {
-    // A piece that starts within an image keeps what it adds to the rows of the piece before apart.
-    const int64_t top_floats = (kIn - kOut) * s.W * s.C;
-    float* tops = workspace(Purpose::kRows, dx == nullptr ? 0 : pieces * top_floats);
-    const auto first_row = [&](int64_t piece) { return piece * tile_rows / pieces; };
-    torch::stable::parallel_for(0, pieces, 1, [&](int64_t first_piece, int64_t last_piece) {
-      const TilePanels v(Purpose::kInputPanel, s.C, batch), m(Purpose::kGradientPanel, s.K, batch);
-      PhaseClock clock;
-      for (int64_t piece = first_piece; piece < last_piece; ++piece) {
-        const int64_t begin = first_row(piece) * grid.columns, end = first_row(piece + 1) * grid.columns;
-        const int64_t top_end = first_row(piece) % grid.rows == 0 ? begin : begin + grid.columns;
-        for (int64_t first = begin; first < end; first += batch) {
-          const int64_t last = std::min(end, first + batch);
-          transform(first, last, v, m, 0, partial_db + piece * s.K);
-          clock.end(Phase::kInputTransform);
-          for (int64_t component = 0; component < kComponents; ++component) {
-            multiply(component, v, m, last - first, first > begin, du + piece * du_piece);
-          }
-          clock.end(Phase::kProducts);
-          if (dx == nullptr) continue;
-          for_each_grid_tile(grid, first, last, [&](const Tile& tile, int64_t i) {
-            input_gradient.save_tile(v, i, tile, 0, s.C,
-                                     first + i < top_end ? tops + piece * top_floats : nullptr);
-          });
-          clock.end(Phase::kOutputTransform);
-        }
-      }
-    });
-    for (int64_t piece = 0; dx != nullptr && piece < pieces; ++piece) {
-      const int64_t n = first_row(piece) / grid.rows, row = first_row(piece) % grid.rows;
-      if (row == 0) continue;
-      const float* top = tops + piece * top_floats;
-      float* out = dx + (n * s.H + row * kOut - s.padding) * s.W * s.C;
-      for (int64_t i = 0; i < top_floats; ++i) out[i] += top[i];
-    }
-  }
-
-  torch::stable::parallel_for(0, K_panels * s.C, 16, [&](int64_t begin, int64_t end) {
+/// dw [K,C,3,3] of dU: `pieces` of [36][panel of K][C][kTileColumns], one behind another, that are added up.
+inline void transform_filter_gradients(const float* du, int64_t pieces, int64_t K, int64_t C, float* dw) {
+  const int64_t panels = ceil_div(K, kTileColumns), component = panels * C * kTileColumns;
+  torch::stable::parallel_for(0, panels * C, 16, [=](int64_t begin, int64_t end) {
     PhaseClock clock;
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t panel = row / s.C, c = row % s.C, first = panel * kTileColumns;
-      const int64_t lanes = std::min<int64_t>(kTileColumns, s.K - first);
+      const int64_t c = row % C, first = row / C * kTileColumns;
+      const int64_t lanes = std::min<int64_t>(kTileColumns, K - first);
       alignas(kVectorBytes) float taps[kTaps][kTileColumns];
       for (int j = 0; j < kTileColumns; j += kLanes) {
         transform_square<kIn, 3>(
             transform_filter_gradient,
             [&](int r, int t) {
-              const float* parts = du + (kIn * r + t) * du_component + row * kTileColumns + j;
-              Vec total = load(parts);
-              for (int64_t piece = 1; piece < pieces; ++piece) total += load(parts + piece * du_piece);
+              const float* part = du + (kIn * r + t) * component + row * kTileColumns + j;
+              Vec total = load(part);
+              for (int64_t piece = 1; piece < pieces; ++piece) {
+                total += load(part + piece * kComponents * component);
+              }
               return total;
             },
             [&](int r, int t, Vec g) { store(taps[3 * r + t] + j, g); });
       }
       for (int64_t j = 0; j < lanes; ++j) {
-        for (int64_t tap = 0; tap < kTaps; ++tap) dw[((first + j) * s.C + c) * kTaps + tap] = taps[tap][j];
+        for (int64_t tap = 0; tap < kTaps; ++tap) dw[((first + j) * C + c) * kTaps + tap] = taps[tap][j];
       }
     }
     clock.end(Phase::kFilterTransform);
   });
-  for (int64_t k = 0; db != nullptr && k < s.K; ++k) {
-    double total = 0;
-    for (int64_t i = 0; i < sums; ++i) total += partial_db[i * s.K + k];
-    db[k] = static_cast<float>(total);
-  }
 }
+
+/// The three gradients of a convolution. `Input` is the source of x, `Gradient` that of the gradient at its
+/// output.
+template <class Input, class Gradient>
+class WinogradBackward {
+ public:
+  WinogradBackward(const ConvShape& s, const Input& input, const Gradient& gradient, const float* weight,
+                   float* dx)
+      : s_(s),
+        input_(input),
+        gradient_(gradient),
+        dx_{.dx = dx, .H = s.H, .W = s.W, .C = s.C, .padding = s.padding} {
+    if (dx != nullptr) filter_ = transform_filters(weight, FilterShape::backward(s.K, s.C));
+  }
+
+  /// dw [K,C,3,3]; db [K] if it is not null.
+  void run(float* dw, float* db) {
+    const bool in_pieces = du_floats_ * 4 <= kPieceBytes;
+    const int64_t pieces = in_pieces ? std::min(grid_.N * grid_.rows, kWeightPieces) : 1;
+    const int64_t sums = in_pieces ? pieces : ceil_div(grid_.tiles, kGroupTiles);
+    du_ = workspace(Purpose::kPartial, pieces * du_floats_);
+    partial_db_ = workspace(Purpose::kStatistics, sums * s_.K);
+    std::fill(partial_db_, partial_db_ + sums * s_.K, 0.0f);
+    if (in_pieces) {
+      run_pieces(pieces);
+    } else {
+      run_batches();
+    }
+    transform_filter_gradients(du_, pieces, s_.K, s_.C, dw);
+    for (int64_t k = 0; db != nullptr && k < s_.K; ++k) {
+      double total = 0;
+      for (int64_t i = 0; i < sums; ++i) total += partial_db_[i * s_.K + k];
+      db[k] = static_cast<float>(total);
+    }
+  }
+
+ private:
+  /// Whole groups of tiles whose V and dM take about so many bytes.
+  int64_t tiles_in(int64_t bytes, int64_t least_groups) const {
+    const int64_t panels = ceil_div(s_.C, kTileColumns) + ceil_div(s_.K, kTileColumns);
+    const int64_t groups = bytes / (kComponents * 4 * kTileColumns * panels * kGroupTiles);
+    return std::min(ceil_div(grid_.tiles, kGroupTiles), std::max(groups, least_groups)) * kGroupTiles;
+  }
+
+  /// V and dM of the tiles [begin, end), from tile `at` of v and m on.
+  void transform(int64_t begin, int64_t end, const TilePanels& v, const TilePanels& m, int64_t at,
+                 float* sum) const {
+    for_each_grid_tile(grid_, begin, end, [&](const Tile& tile, int64_t i) {
+      load_input_tile(input_, tile.n, tile.p - s_.padding, tile.q - s_.padding, v, at + i);
+      load_gradient_tile(gradient_, tile, m, at + i, sum);
+    });
+  }
+
+  /// One component's dU (+)= V dM, then its dV, in the place of V, which is not needed any more.
+  void multiply(int64_t component, const TilePanels& v, const TilePanels& m, int64_t tiles, bool add,
+                float* du) const {
+    multiply_weight_component(component, v, m, tiles, add, du + component * (du_floats_ / kComponents));
+    if (filter_ != nullptr) multiply_component(component, m, filter_, v.panels, 0, v.panels, tiles, v);
+  }
+
+  void run_pieces(int64_t pieces) const {
+    const int64_t tile_rows = grid_.N * grid_.rows, block = tiles_in(kBlockBytes, 2);
+    const auto first_row = [=](int64_t piece) { return piece * tile_rows / pieces; };
+    // A piece that starts within an image keeps what it adds to the rows of the piece before apart.
+    const int64_t top_floats = (kIn - kOut) * s_.W * s_.C;
+    float* tops = workspace(Purpose::kRows, filter_ == nullptr ? 0 : pieces * top_floats);
+    torch::stable::parallel_for(0, pieces, 1, [&](int64_t first_piece, int64_t last_piece) {
+      const TilePanels v(Purpose::kInputPanel, s_.C, block), m(Purpose::kGradientPanel, s_.K, block);
+      PhaseClock clock;
+      for (int64_t piece = first_piece; piece < last_piece; ++piece) {
+        const int64_t begin = first_row(piece) * grid_.columns, end = first_row(piece + 1) * grid_.columns;
+        const int64_t top_end = first_row(piece) % grid_.rows == 0 ? begin : begin + grid_.columns;
+        for (int64_t first = begin; first < end; first += block) {
+          const int64_t last = std::min(end, first + block);
+          transform(first, last, v, m, 0, partial_db_ + piece * s_.K);
+          clock.end(Phase::kInputTransform);
+          for (int64_t component = 0; component < kComponents; ++component) {
+            multiply(component, v, m, last - first, first > begin, du_ + piece * du_floats_);
+          }
+          clock.end(Phase::kProducts);
+          if (filter_ == nullptr) continue;
+          for_each_grid_tile(grid_, first, last, [&](const Tile& tile, int64_t i) {
+            dx_.save_tile(v, i, tile, 0, s_.C, first + i < top_end ? tops + piece * top_floats : nullptr);
+          });
+          clock.end(Phase::kOutputTransform);
+        }
+      }
+    });
+    for (int64_t piece = 0; filter_ != nullptr && piece < pieces; ++piece) {
+      const int64_t n = first_row(piece) / grid_.rows, row = first_row(piece) % grid_.rows;
+      if (row == 0) continue;
+      const float* top = tops + piece * top_floats;
+      float* out = dx_.dx + (n * s_.H + row * kOut - s_.padding) * s_.W * s_.C;
+      for (int64_t i = 0; i < top_floats; ++i) out[i] += top[i];
+    }
+  }
+
+  void run_batches() const {
+    const int64_t batch = tiles_in(kBatchBytes, 4), image_tiles = grid_.rows * grid_.columns;
+    const TilePanels v(Purpose::kInputPanel, s_.C, batch), m(Purpose::kGradientPanel, s_.K, batch);
+    for (int64_t first = 0; first < grid_.tiles; first += batch) {
+      const int64_t last = std::min(grid_.tiles, first + batch);
+      in_parallel(ceil_div(last - first, kGroupTiles), Phase::kInputTransform, [&](int64_t task) {
+        const int64_t begin = first + task * kGroupTiles, group = begin / kGroupTiles;
+        transform(begin, std::min(last, begin + kGroupTiles), v, m, begin - first,
+                  partial_db_ + group * s_.K);
+      });
+      in_parallel(kComponents, Phase::kProducts,
+                  [&](int64_t component) { multiply(component, v, m, last - first, first > 0, du_); });
+      if (filter_ == nullptr) continue;
+      const int64_t first_image = first / image_tiles, images = ceil_div(last, image_tiles) - first_image;
+      in_parallel(images * v.panels, Phase::kOutputTransform, [&](int64_t task) {
+        const int64_t image = first_image + task / v.panels, c = task % v.panels * kTileColumns;
+        const int64_t begin = std::max(first, image * image_tiles),
+                      end = std::min(last, (image + 1) * image_tiles);
+        for_each_grid_tile(grid_, begin, end, [&](const Tile& tile, int64_t i) {
+          dx_.save_tile(v, begin - first + i, tile, c, std::min(s_.C, c + kTileColumns), nullptr);
+        });
+      });
+    }
+  }
+
+  template <class F>
+  static void in_parallel(int64_t tasks, Phase phase, const F& f) {
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      PhaseClock clock;
+      for (int64_t task = begin; task < end; ++task) f(task);
+      clock.end(phase);
+    });
+  }
+
+  const ConvShape s_;
+  const TileGrid grid_{.N = s_.N, .P = s_.P, .Q = s_.Q};
+  const int64_t du_floats_ = kComponents * ceil_div(s_.K, kTileColumns) * s_.C * kTileColumns;
+  const Input input_;
+  const Gradient gradient_;
+  const InputGradient dx_;
+  const float* filter_ = nullptr;  // if dx is wanted
+  float* du_ = nullptr;            // [piece][36][panel of K][C][kTileColumns]
+  float* partial_db_ = nullptr;    // [piece or group of tiles][K]
+};
 
 }  // namespace maskcore
