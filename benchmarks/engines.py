@@ -85,7 +85,7 @@ def ncnn(twin: Any, x: Tensor, folder: Path, threads: int) -> Call:
     import ncnn
 
     param, weights = folder / "network.param", folder / "network.bin"
-    _write_ncnn(twin, x, param, weights)
+    _write_ncnn(twin, param, weights)
     network = ncnn.Net()
     network.opt.num_threads = threads
     network.opt.use_fp16_storage = network.opt.use_fp16_arithmetic = network.opt.use_bf16_storage = False
@@ -104,12 +104,11 @@ def ncnn(twin: Any, x: Tensor, folder: Path, threads: int) -> Call:
     return call
 
 
-def _write_ncnn(twin: Any, x: Tensor, param: Path, weights: Path) -> None:
+def _write_ncnn(twin: Any, param: Path, weights: Path) -> None:
     """ncnn's own two files; batch normalisation is folded and ReLU fused, as its optimiser does."""
     lines = ["Input input 0 1 0"]
     blobs: list[np.ndarray] = []
     modules = [m for m in twin.modules() if not list(m.children())]
-    shape = tuple(x.shape[1:])
     for i, module in enumerate(modules):
         if isinstance(module, torch.nn.Conv2d):
             weight, bias = module.weight.detach(), module.bias.detach() if module.bias is not None else None
@@ -130,11 +129,6 @@ def _write_ncnn(twin: Any, x: Tensor, param: Path, weights: Path) -> None:
             relu = i + 1 < len(modules) and isinstance(modules[i + 1], torch.nn.ReLU)
             settings = f"0={len(weight)} 1=1 2={weight.numel()} 9={int(relu)}"
             lines.append(f"InnerProduct dense{i} 1 1 {len(lines) - 1} {len(lines)} {settings}")
-            if shape:  # the first one: this network flattens [H, W, C], ncnn [C, H, W]
-                C = [m for m in modules if isinstance(m, torch.nn.Conv2d)][-1].out_channels
-                side = round((weight.shape[1] // C) ** 0.5)
-                weight = weight.view(-1, side, side, C).permute(0, 3, 1, 2).flatten(1)
-                shape = ()
             blobs += [np.zeros(1, np.float32), weight.numpy(), module.bias.detach().numpy()]
     param.write_text("\n".join(["7767517", f"{len(lines)} {len(lines)}", *lines]) + "\n")
     weights.write_bytes(b"".join(np.ascontiguousarray(blob, np.float32).tobytes() for blob in blobs))

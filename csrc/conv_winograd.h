@@ -40,9 +40,10 @@ inline constexpr int kOut = 4;                 // outputs of a tile, in each dir
 inline constexpr int kIn = 6;                  // inputs of a tile
 inline constexpr int kComponents = kIn * kIn;  // matrix products
 
-/// Whether Winograd is the faster way for a shape, by counting vector operations a lane: the direct
-/// convolution's 9 multiply-adds an output and channel, against a tile's 36 and its transforms, and the
-/// filter's. MASKCORE_CONV=direct|winograd overrides, to compare the two.
+/// Whether Winograd is the faster way for a shape, by counting in multiply-adds: the direct convolution's 9
+/// an output and pair of channels, against a tile's 36, its transforms' and the filter's. The transforms'
+/// figures are measured times (450 and 400 cycles a tile and vector of channels, at 2 multiply-adds a cycle
+/// and lane): they are mostly loads and stores. MASKCORE_CONV=direct|winograd overrides, to compare the two.
 inline bool use_winograd(const ConvShape& s) {
   const char* wanted = std::getenv("MASKCORE_CONV");
   if (wanted != nullptr && *wanted != '\0') {
@@ -51,7 +52,7 @@ inline bool use_winograd(const ConvShape& s) {
                     wanted);
     if (s.N > 0) return name == "winograd";
   }
-  constexpr int64_t kInputOperations = 300, kOutputOperations = 200, kFilterOperations = 100;
+  constexpr int64_t kInputOperations = 900, kOutputOperations = 800, kFilterOperations = 100;
   const int64_t C = ceil_div(s.C, kLanes) * kLanes, K = ceil_div(s.K, kLanes) * kLanes;
   const int64_t tiles = s.N * ceil_div(s.P, kOut) * ceil_div(s.Q, kOut);
   return tiles * (kComponents * s.C * K + kInputOperations * C + kOutputOperations * K) +

@@ -18,7 +18,8 @@ int64_t fma_loop_cpu(int64_t steps) {
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      Vec sum[kChains] = {};
+      Vec sum[kChains];  // all different, lest they be computed as one
+      for (int j = 0; j < kChains; ++j) sum[j] = broadcast(static_cast<float>(j));
       Vec x = broadcast(0.5f), y = broadcast(1e-3f);
       for (int64_t step = 0; step < steps; ++step) {
         asm volatile("" : "+m"(y));
