@@ -26,6 +26,7 @@ from maskcore import _native, models, ops, optim
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (128, 192, 256, 384, 512)
+HEIGHTS = (5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 OURS, THEIRS, QUIET = "#c8553d", "#8a8a8a", "#555555"
 
 
@@ -119,10 +120,10 @@ def draw(rows: list[dict[str, Any]], path: Path, about: str) -> None:
     colours = [OURS if row["engine"] == "maskcore" else THEIRS for row in found]
     drawn = bars.barh(labels, [row["ms"] for row in found], color=colours)
     bars.bar_label(drawn, fmt="%.0f", padding=3, color=QUIET)
-    bars.set_title("ms a picture: batch 8, 256 pixels")
+    bars.set_title("ms a picture (batch 8, 256 pixels)")
     for axes, key, title, fixed in (
-        (batches, "batch", "against the batch, 256 pixels", {"size": 256}),
-        (sizes, "size", "against the picture's side, batch 8", {"batch": 8}),
+        (batches, "batch", "by batch (256 pixels)", {"size": 256}),
+        (sizes, "size", "by side in pixels (batch 8)", {"batch": 8}),
     ):
         for work, style in (("training", "-"), ("inference", "--")):
             for engine, colour in (("PyTorch", THEIRS), ("maskcore", OURS)):
@@ -135,6 +136,8 @@ def draw(rows: list[dict[str, Any]], path: Path, about: str) -> None:
         axes.set(title=f"ms a picture {title}", xscale="log", yscale="log")
         ticks = sorted({row[key] for row in chosen(**fixed)})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        heights = [tick for tick in HEIGHTS if axes.get_ylim()[0] < tick < axes.get_ylim()[1]]
+        axes.set_yticks(heights, [str(tick) for tick in heights])
         axes.minorticks_off()
     sizes.legend(frameon=False, fontsize=8)
     for axes in (bars, batches, sizes):
