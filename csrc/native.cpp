@@ -323,8 +323,9 @@ void to_float(const py::array& source, py::array out, float scale) {
   }
 }
 
-/// Lets a process keep the memory that it frees: of glibc's malloc only, elsewhere nothing happens. Otherwise
-/// every activation of a step is mapped anew, and its pages are cleared one fault at a time.
+/// Lets a process keep the memory that it frees: of glibc's malloc only, elsewhere nothing happens (nor to
+/// tensors of a torch with an allocator of its own, as 2.14.1 from PyPI seems to have). Otherwise every
+/// activation of a step is mapped anew, and its pages are cleared one fault at a time.
 void keep_heap() {
 #if defined(__GLIBC__)
   mallopt(M_MMAP_MAX, 0);

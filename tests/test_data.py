@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import threading
 import time
 from collections import Counter
@@ -465,11 +466,16 @@ def test_interrupt_while_waiting(pictures: list[data.Picture], monkeypatch: pyte
         return np.zeros((SIZE, SIZE, 3), np.uint8)
 
     monkeypatch.setattr(data, "load", slow)
+    # In the background of a script Ctrl-C is ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.1, _thread.interrupt_main)
     timer.start()
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        list(loader(pictures * 20, workers=2).epoch(0))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(loader(pictures * 20, workers=2).epoch(0))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 3
     assert threads_left() == []
 

@@ -85,15 +85,18 @@ def test_operators_of_the_other_instruction_sets(isa: str) -> None:
 def test_the_heap_is_kept() -> None:
     """Memory that is freed and asked for again brings no new page faults."""
     program = """
-import resource, torch
+import ctypes, resource
 from maskcore import _native
 _native.keep_heap()
-def faults():
+malloc = ctypes.CDLL(None)
+malloc.malloc.restype = ctypes.c_void_p
+def faults(size=256 * 2**20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(64 * 2**20)
+    block = ctypes.c_void_p(malloc.malloc(ctypes.c_size_t(size)))
+    ctypes.memset(block, 1, size)
+    malloc.free(block)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-first, second = faults(), faults()
-print(first, second)
+print(faults(), faults())
 """
     found = run("-c", program, isa=None)
     first, second = map(int, found.stdout.split())

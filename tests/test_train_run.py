@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_runs import SMALL, TIMES, description, result_of, run, small, tensors, write_pictures
 
-from maskcore import UserError, data, figures, pictures, runfolder, settings, train
+from maskcore import UserError, data, figures, models, pictures, runfolder, settings, train
 from maskcore.checkpoint import State
 from maskcore.data import Picture
 from maskcore.settings import QUICK, Config
@@ -74,14 +74,14 @@ def test_validation_is_in_eval_mode_and_never_augmented(
     assert torch.equal(first, second)
     modes = []
     monkeypatch.setattr(figures, "available", lambda: False)
-    original = train.validate
+    original = models.for_inference
 
-    def noting(run_: train.Run) -> dict[str, Any]:
-        record = original(run_)
-        modes.append(run_.network.training)
-        return record
+    def noting(network: models.Network) -> torch.nn.Sequential:
+        snapshot = original(network)
+        modes.append(any(layer.training for layer in snapshot.modules()))
+        return snapshot
 
-    monkeypatch.setattr(train, "validate", noting)
+    monkeypatch.setattr(models, "for_inference", noting)
     assert run(*small(folder, tmp_path / "run", "--epochs", 1)) == 0
     assert modes == [False]
 
