@@ -407,7 +407,7 @@ void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& s
   });
 }
 
-/// y = the convolution plus `bias` (may be null), through ReLU if `relu`.
+/// y = the convolution plus bias [K], through ReLU if kRelu.
 template <bool kRelu>
 struct StoreOutput {
   float* y;  // [N,P,Q,K]
@@ -416,7 +416,7 @@ struct StoreOutput {
 
   template <class Lanes>
   void save(int64_t, const Tile& tile, int64_t k, Lanes lanes, const Vec (&y_tile)[kOut][kOut]) const {
-    const Vec b = bias == nullptr ? Vec{} : load(bias + k, lanes);
+    const Vec b = load(bias + k, lanes);
     float* out = y + ((tile.n * P + tile.p) * Q + tile.q) * K + k;
     for (int64_t i = 0; i < tile.height; ++i) {
       for (int64_t j = 0; j < tile.width; ++j) {
