@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from maskcore import nn
+from maskcore import nn, ops
 from maskcore.errors import UserError
 
 
@@ -109,14 +109,20 @@ class Network(torch.nn.Module):
         UserError: there is no such model, or ``image_size`` or ``num_classes`` does not fit it.
     """
 
-    def __init__(self, name: str, num_classes: int = 3, image_size: int = 256) -> None:
+    def __init__(
+        self,
+        name: str,
+        num_classes: int = 3,
+        image_size: int = 256,
+        precision: ops.Precision = "ieee",
+    ) -> None:
         super().__init__()
         self.layers = place(name, num_classes, image_size)
         self.name = name
         self.num_classes = num_classes
         self.image_size = image_size
         for key, layer, shape, _ in self.layers:
-            self.add_module(key, _module(layer, shape))
+            self.add_module(key, _module(layer, shape, precision))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.children():
@@ -159,12 +165,20 @@ class Network(torch.nn.Module):
         return rows
 
 
-def create(name: str, num_classes: int = 3, image_size: int = 256, *, seed: int | None = None) -> Network:
+def create(
+    name: str,
+    num_classes: int = 3,
+    image_size: int = 256,
+    *,
+    precision: ops.Precision = "ieee",
+    seed: int | None = None,
+) -> Network:
     """A new :class:`Network` with glorot-uniform weights and zero biases.
 
-    ``seed`` fixes the weights whatever state torch's global generator is in; None draws from that generator.
+    ``precision`` is that of the convolutions' products: see :func:`maskcore.ops.conv_relu`. ``seed`` fixes the
+    weights whatever state torch's global generator is in; None draws from that generator.
     """
-    network = Network(name, num_classes, image_size)
+    network = Network(name, num_classes, image_size, precision)
     if seed is not None:
         network.reset_parameters(torch.Generator().manual_seed(seed))
     return network
@@ -233,12 +247,12 @@ def _output_shape(layer: Layer, shape: Shape) -> Shape:
             return shape
 
 
-def _module(layer: Layer, shape: Shape) -> torch.nn.Module:
+def _module(layer: Layer, shape: Shape, precision: ops.Precision) -> torch.nn.Module:
     match layer:
         case Conv(bn=True, pool=False):
-            return nn.ConvBNReLU(shape[-1], layer.channels, layer.padding)
+            return nn.ConvBNReLU(shape[-1], layer.channels, layer.padding, precision=precision)
         case Conv(bn=False):
-            return nn.ConvReLU(shape[-1], layer.channels, layer.padding, pool=layer.pool)
+            return nn.ConvReLU(shape[-1], layer.channels, layer.padding, layer.pool, precision)
         case Flatten():
             return nn.Flatten()
         case Dense():
