@@ -184,15 +184,15 @@ def create(
     return network
 
 
-def for_inference(network: Network) -> torch.nn.Sequential:
+def for_inference(network: Network, precision: ops.Precision | None = None) -> torch.nn.Sequential:
     """What a network computes in evaluation mode, as a snapshot that is faster to call: see
     :class:`maskcore.nn.InferenceConv`. Input and output as for :class:`Network`; later changes of the network do
-    not reach it.
+    not reach it. ``precision`` is that of the convolutions' products, by default the network's own.
     """
     layers: OrderedDict[str, torch.nn.Module] = OrderedDict()
     for name, layer in network.named_children():
         if isinstance(layer, nn.ConvReLU | nn.ConvBNReLU):
-            layers[name] = nn.InferenceConv(layer)
+            layers[name] = nn.InferenceConv(layer, precision)
         elif not isinstance(layer, nn.Dropout):
             layers[name] = copy.deepcopy(layer).requires_grad_(False)
     return torch.nn.Sequential(layers).eval()

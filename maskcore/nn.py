@@ -171,6 +171,7 @@ class InferenceConv(torch.nn.Module):
 
     The batch normalisation is folded into the filter and the filter is transformed, once instead of in every
     call. Later changes of the layer that it was made from do not reach it, and it has no parameters.
+    ``precision`` is that of the products, by default the layer's own.
     """
 
     weight: Tensor
@@ -178,19 +179,19 @@ class InferenceConv(torch.nn.Module):
     transformed: Tensor | None
 
     @torch.no_grad()
-    def __init__(self, layer: ConvReLU | ConvBNReLU) -> None:
+    def __init__(self, layer: ConvReLU | ConvBNReLU, precision: ops.Precision | None = None) -> None:
         super().__init__()
         weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
         if isinstance(layer, ConvBNReLU):
             statistics = layer.running_mean, layer.running_var
             weight, bias = ops.fold_batch_norm(weight, bias, layer.gamma, layer.beta, *statistics, layer.eps)
         self.padding = layer.padding
-        self.precision = layer.precision
+        self.precision = precision or layer.precision
         self.pool = isinstance(layer, ConvReLU) and layer.pool
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         on_cpu = weight.device.type == "cpu"
-        transformed = ops.transform_filter(weight, layer.precision) if on_cpu else None
+        transformed = ops.transform_filter(weight, self.precision) if on_cpu else None
         self.register_buffer("transformed", transformed, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
