@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_cpu(const Tensor& 
     const TileGrid grid{.N = s.N, .P = s.P, .Q = s.Q};
     const int64_t blocks = block_count(grid, s.C, s.K);
     Moments moments(blocks, s.K);
-    const StoreOutput<false> z_output{.y = z_data, .P = s.P, .Q = s.Q, .K = s.K, .bias = bias_data};
+    const StoreOutput<false> z_output{.y = z_data, .N = s.N, .P = s.P, .Q = s.Q, .K = s.K, .bias = bias_data};
     const MomentsOutput sink{.z = z_output, .moments = moments, .grid = grid, .blocks = blocks};
     with_operands(allowed, [&]<class Operands>() {
       const auto* filter = transform_filters<Operands>(weight_data, FilterShape::forward(s.K, s.C));
