@@ -398,8 +398,6 @@ void load_gradient_tile(const Gradient& gradient, const Tile& tile, const TilePa
 // V and M of a block of tiles lie in L2 together: 36 * 4 * (C + kOutputChannels) bytes a tile.
 inline constexpr int64_t kBlockBytes = 448 * 1024;
 inline constexpr int64_t kOutputChannels = 64;
-inline constexpr int64_t kStreamedFloats =
-    2 * 1024 * 1024;  // half of a core's share of the last cache, or more
 
 /// The number of blocks that the tiles are cut into; it depends on the shape alone, as block sums must.
 inline int64_t block_count(const TileGrid& grid, int64_t C, int64_t K) {
@@ -614,6 +612,7 @@ struct InputGradient {
     if (plain) {
       transform([&](int i, int j, Vec d, int64_t c, auto lanes) {
         float* to = out + (i * W + j) * C + c;
+        if (j >= kIn - kOut) __builtin_prefetch(to + kOut * C, /*rw=*/1);  // what the tile to the right adds
         store(to, i < kIn - kOut || j < kIn - kOut ? load(to, lanes) + d : d, lanes);
       });
     } else {

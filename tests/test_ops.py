@@ -989,6 +989,8 @@ def op_samples() -> dict[str, list[tuple[Any, ...]]]:
         "conv_relu_max_pool": [(leaf(2, 7, 6, 3), leaf(5, 3, 3, 3), leaf(5), p) for p in (0, 1)],
         "conv_bn_relu_train": [(leaf(2, 7, 6, 3), *bn, p) for p in (0, 1)] + [(x, *bn, 0)],
         "max_pool": [(leaf(2, 7, 6, 3),), (x,)],
+        "dense": [(leaf(4, 7), leaf(3, 7), leaf(3), relu) for relu in (True, False)],
+        "_dense_backward": [(torch.randn(9, 3), torch.randn(9, 7), torch.randn(3, 7), torch.randn(9, 3), True)],
         "softmax_cross_entropy": [(leaf(4, 3), target)],
         "adam_": [(*adam_state([(3, 2), (4,)], 3), *settings, keras) for keras in (True, False)],
         "_conv_relu_backward": [(dy, x, weight, z, 0, "ieee", need_dx) for need_dx in (True, False)],
