@@ -33,7 +33,9 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
                                                    static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, block, shared_bytes, stream> > >(parameters...);
+  // clang-format off
+  kernel<<<grid, block, shared_bytes, stream>>>(parameters...);
+  // clang-format on
   return cudaGetLastError();
 }
 
