@@ -57,12 +57,12 @@ class LaunchError(Exception):
 
 
 class Replacement(NamedTuple):
-    """A change to a source of csrc, such as a fault to seed: ``old`` must be there ``count`` times."""
+    """A change to a source of csrc, such as a fault to seed: ``old`` must be there ``times`` times."""
 
     file: str
     old: str
     new: str
-    count: int = 1
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ def build(*sources: str | Path, replacements: Iterable[Replacement] = ()) -> Ker
 
     Libraries are kept in ``folder()`` under a hash of all that goes into them.
     """
-    changes = tuple(Replacement(*change) for change in replacements)
-    return _build(tuple(CSRC / source for source in sources), changes)
+    return _build(tuple(CSRC / source for source in sources), tuple(replacements))
 
 
 def folder() -> Path:
@@ -106,7 +105,7 @@ def _compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def _run(command: Sequence[str | Path]) -> None:
+def _run(*command: str | Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
@@ -136,7 +135,7 @@ def _compile(source: Path, flags: Sequence[str], includes: Sequence[Path], depen
     if not made.exists():
         partial = made.with_suffix(f".{os.getpid()}.o")
         search = [f"-I{path}" for path in includes]
-        _run([_compiler(), *flags, *search, "-c", source, "-o", partial])
+        _run(_compiler(), *flags, *search, "-c", source, "-o", partial)
         partial.replace(made)
     return made
 
@@ -145,8 +144,7 @@ def _link(name: str, objects: Sequence[Path], libraries: Sequence[Path]) -> Path
     made = folder() / f"{name}-{_hashed([], [str(path).encode() for path in (*objects, *libraries)])}.so"
     if not made.exists():
         partial = made.with_suffix(f".{os.getpid()}.so")
-        needed = [*objects, *libraries, f"-Wl,-rpath,{folder()}", "-Wl,-z,defs"]
-        _run([_compiler(), "-shared", *needed, "-o", partial])
+        _run(_compiler(), "-shared", *objects, *libraries, "-Wl,-z,defs", "-o", partial)
         partial.replace(made)
     return made
 
@@ -173,9 +171,9 @@ def _replaced(changes: Sequence[Replacement], into: Path) -> None:
     for change in changes:
         path = into / change.file
         text = path.read_text()
-        if text.count(change.old) != change.count:
+        if text.count(change.old) != change.times:
             found = text.count(change.old)
-            raise ValueError(f"{change.file} has {change.old!r} {found} times, not {change.count}")
+            raise ValueError(f"{change.file} has {change.old!r} {found} times, not {change.times}")
         path.write_text(text.replace(change.old, change.new))
 
 
@@ -271,9 +269,8 @@ class Kernels:
             if argument is None:
                 values.append(ctypes.c_void_p(None))
                 continue
-            fresh = isinstance(argument, Output | Workspace)
-            memory = argument.memory if isinstance(argument, Output | Workspace) else argument
-            address, size, element = _extent(memory)
+            fresh = isinstance(argument, (Output, Workspace))
+            address, size, element = _extent(argument)
             values.append(ctypes.c_void_p(address))
             if size == 0:
                 continue
@@ -360,8 +357,11 @@ class Kernels:
         return list(zip(functions, places, strict=True))
 
 
-def _extent(memory: Memory) -> tuple[int, int, int]:
+def _extent(argument: Argument) -> tuple[int, int, int]:
     """Address, bytes, and bytes of an element."""
+    memory = argument.memory if isinstance(argument, (Output, Workspace)) else argument
+    if not isinstance(memory, (torch.Tensor, np.ndarray)):
+        raise TypeError(f"a launcher takes a tensor for a pointer, not {memory!r}")
     if isinstance(memory, torch.Tensor):
         if not memory.is_contiguous():
             raise ValueError("a launcher takes contiguous tensors")

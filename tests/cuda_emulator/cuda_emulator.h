@@ -45,6 +45,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __constant__ static
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // One block runs at a time, so that a static array is its shared memory; the section tells where.
 #define __shared__ static __attribute__((section("cuda_shared")))
