@@ -1,0 +1,369 @@
+// The gradients of a 3x3 convolution's filter and bias:
+//   dw[k,c,r,s] = sum over n,p,q of g[n,p,q,k] x[n, p + r - padding, q + s - padding, c],   db[k] = sum of g[..,k]
+// with the output's gradient g from a source (conv_sources.cuh).
+//
+// A GEMM whose reduction runs over pixels: rows k, columns (tap, c). A block owns kTileK output by 32 input
+// channels and all nine taps, so that a tile of pixels (conv_tiling.cuh) is brought into shared memory once for
+// the nine: g, and the patch of x under it, in which tap (r, s) is r pitch + s further. A warp owns half of the
+// output channels and 8 input channels with their nine taps. Channels are adjacent in memory, pixels are
+// not: fragments are read transposed, in bf16 by ldmatrix.trans, in TF32, which that cannot transpose, by
+// 32-bit loads. A pixel's row is kPad bytes longer than its channels: 8 rows' 16 bytes (bf16), or 4 rows' 8
+// floats (TF32), then lie in different banks, and all addresses of a tile are one and constants.
+// Two buffers: the next tile arrives, one 16-byte item a thread and step, while this one's kSteps steps are
+// multiplied. One barrier a tile.
+//
+// Split-K: the tiles are shared out to `splits` blocks in ranges fixed by the shape alone; each writes its sums
+// to a workspace [splits][9][K][C], which are then added in the order of the splits, so that the result is the
+// same bits each time. 264 blocks, two for each of 132 processors, keep that workspace small: of a
+// 256 x 256 layer 8 * 2.4 MB.
+//
+// Where x is NaN or infinite beside a pixel past the image's end, taps that no output multiplies it with may
+// become NaN too (0 times it).
+//
+// Budget, kTileK = 64
+//   shared     bf16  2 * (80 pixels * (128 + 16) bytes of g + 128 * (64 + 16) of x) = 43,520, places 320
+//              TF32  2 * (40 * (256 + 32) + 64 * (128 + 32)) = 43,520, places 160; two blocks in 100 KB
+//   registers  2 * 9 * 4 = 72 accumulators, 8 + 4 of fragments, 8 (16 from float32 to bf16) on their way, 8 of
+//              the bias: within 65,536 / (2 * 256) = 128
+//   occupancy  2 * 8 = 16 warps of 64 (25 %) or of 48 (33 %)
+//   shared memory traffic of a warp's 32 x 72 x 16 bf16 products: 104 * 32 bytes = 26 cycles, in which an sm_80
+//   does 36 cycles' worth of 1024 products; TF32 the same for 32 x 72 x 8.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "conv_halo_tile.cuh"
+
+namespace maskcore {
+
+/// 2 x 4 warps of 16 MT output by 8 input channels.
+template <class Math_, int MT_>
+struct GradientTile {
+  using Math = Math_;
+  static constexpr int MT = MT_;
+  static constexpr int kTileK = 2 * 16 * MT, kTileC = 4 * 8;
+  static constexpr int kThreads = 256, kBlocks = 2;
+  static constexpr int kStepPixels = 2 * Math::kLanes;  // of an mma
+  static constexpr int kSteps = 5;
+  static constexpr int kPixels = kSteps * kStepPixels;
+  static constexpr int kMaxPatch = 16 * Math::kLanes;
+  static constexpr int kPad = 128 / Math::kLanes;
+  static constexpr int kGradientChunks = kTileK / Math::kLanes, kInputChunks = kTileC / Math::kLanes;  // a pixel
+  static constexpr int kGradientRow = kGradientChunks * 16 + kPad, kInputRow = kInputChunks * 16 + kPad;
+  static constexpr int kGradientBytes = kPixels * kGradientRow;
+  static constexpr int kBufferBytes = kGradientBytes + kMaxPatch * kInputRow;
+  static constexpr int kSharedBytes = 2 * kBufferBytes + 2 * kPixels * 2;
+  // Items of g, then of x, one a step.
+  static constexpr int kGradientItems = (kPixels * kGradientChunks + kThreads - 1) / kThreads;
+  static constexpr int kInputItems = (kMaxPatch * kInputChunks + kThreads - 1) / kThreads;
+  static_assert(kGradientItems + kInputItems <= kSteps);
+  // A thread's items of g are the same channels of different pixels, which it adds up for the bias.
+  static_assert(kThreads % kGradientChunks == 0 && kThreads % kInputChunks == 0);
+  static_assert(kThreads * Math::kLanes * 4 <= 2 * kBufferBytes && kTileK <= kThreads);
+
+  /// acc += the products of kStepPixels pixels from `pixel0` on. g is [pixel][kTileK] from the warp's first
+  /// channel on, x the patch from the warp's first channel on, places[pixel] where in it a pixel's window
+  /// begins.
+  static __device__ __forceinline__ void multiply(float (&acc)[MT][kTaps][4], const unsigned char* g,
+                                                  const unsigned char* x, int pitch, const uint16_t* places,
+                                                  int pixel0, int lane) {
+    if constexpr (std::is_same_v<Math, Bf16>) {
+      uint32_t a[MT][4];
+      g += (pixel0 + (lane & 7) + (lane >> 4 << 3)) * kGradientRow + (lane >> 3 & 1) * 16;
+#pragma unroll
+      for (int mt = 0; mt < MT; ++mt) ldmatrix_x4_trans(a[mt], g + 32 * mt);
+      x += places[pixel0 + (lane & 15)] * kInputRow;
+#pragma unroll
+      for (int tap = 0; tap < kTaps; tap += 2) {
+        uint32_t b[4];
+        if (tap + 1 < kTaps) {  // lanes 16..31 name the next tap's rows
+          const int other = lane >> 4, next = tap + 1;
+          const int r = other ? next / 3 : tap / 3, s = other ? next % 3 : tap % 3;
+          ldmatrix_x4_trans(b, x + (r * pitch + s) * kInputRow);
+        } else {
+          uint32_t last[2];
+          ldmatrix_x2_trans(last, x + (tap / 3 * pitch + tap % 3) * kInputRow);
+          b[0] = last[0], b[1] = last[1];
+        }
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt) {
+          mma_bf16(acc[mt][tap], a[mt], {b[0], b[1]});
+          if (tap + 1 < kTaps) mma_bf16(acc[mt][tap + 1], a[mt], {b[2], b[3]});
+        }
+      }
+    } else if constexpr (std::is_same_v<Math, Tf32>) {
+      const int row = lane >> 2, t = lane & 3;
+      uint32_t a[MT][4];
+      g += (pixel0 + t) * kGradientRow + row * 4;
+#pragma unroll
+      for (int mt = 0; mt < MT; ++mt) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          a[mt][i] = *reinterpret_cast<const uint32_t*>(g + i / 2 * 4 * kGradientRow + (16 * mt + i % 2 * 8) * 4);
+        }
+      }
+      const unsigned char* const at[2] = {x + places[pixel0 + t] * kInputRow + row * 4,
+                                          x + places[pixel0 + t + 4] * kInputRow + row * 4};
+#pragma unroll
+      for (int tap = 0; tap < kTaps; ++tap) {
+        uint32_t b[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const unsigned char* const shifted = at[i] + tap / 3 * pitch * kInputRow + tap % 3 * kInputRow;
+          b[i] = to_tf32(*reinterpret_cast<const float*>(shifted));
+        }
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt) mma_tf32(acc[mt][tap], a[mt], b);
+      }
+    } else {
+#pragma unroll 1
+      for (int pixel = pixel0; pixel < pixel0 + kStepPixels; ++pixel) {
+        float a[2 * MT];
+#pragma unroll
+        for (int i = 0; i < 2 * MT; ++i) {
+          a[i] = *reinterpret_cast<const float*>(g + pixel * kGradientRow + (8 * i + (lane >> 2)) * 4);
+        }
+        const unsigned char* const at = x + places[pixel] * kInputRow + 2 * (lane & 3) * 4;
+#pragma unroll
+        for (int tap = 0; tap < kTaps; ++tap) {
+          const float2 b =
+              *reinterpret_cast<const float2*>(at + tap / 3 * pitch * kInputRow + tap % 3 * kInputRow);
+#pragma unroll
+          for (int i = 0; i < 2 * MT; ++i) {
+            float(&d)[4] = acc[i / 2][tap];
+            d[i % 2 * 2] = fmaf(a[i], b.x, d[i % 2 * 2]);
+            d[i % 2 * 2 + 1] = fmaf(a[i], b.y, d[i % 2 * 2 + 1]);
+          }
+        }
+      }
+    }
+  }
+};
+
+template <class Source, class Gradient>
+struct WeightGradient {
+  Tiling tiling;
+  Source x;
+  Gradient gradient;
+  int C, K;
+  int splits;
+  float* dweight;  // [splits][9][K][C]
+  float* dbias;    // [splits][K], or null
+};
+
+template <class Tile, class Source, class Gradient>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    conv_weight_gradient_kernel(const WeightGradient<Source, Gradient> conv) {
+  using Math = typename Tile::Math;
+  constexpr int kLanes = Math::kLanes;
+  unsigned char* const shared = dynamic_shared<unsigned char>();
+  uint16_t* const places = reinterpret_cast<uint16_t*>(shared + 2 * Tile::kBufferBytes);
+  const Tiling& tiling = conv.tiling;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int warp_k = warp / 4 * 16 * Tile::MT, warp_c = warp % 4 * 8;
+  const int c_tiles = (conv.C + Tile::kTileC - 1) / Tile::kTileC;
+  const int k_tiles = (conv.K + Tile::kTileK - 1) / Tile::kTileK;
+  const int block = static_cast<int>(blockIdx.x);
+  const int c0 = block % c_tiles * Tile::kTileC, k0 = block / c_tiles % k_tiles * Tile::kTileK;
+  const int split = block / c_tiles / k_tiles;
+  const auto first_tile = [&](int s) {
+    return static_cast<int>(static_cast<int64_t>(tiling.tiles) * s / conv.splits);
+  };
+  const int end = first_tile(split + 1);
+  const bool with_bias = conv.dbias != nullptr && c0 == 0;
+  const int g_channel = k0 + thread % Tile::kGradientChunks * kLanes;
+  const int x_channel = c0 + thread % Tile::kInputChunks * kLanes;
+
+  Item<Math, Gradient> g_item;
+  Item<Math, Source> x_item;
+  float bias[kLanes] = {};
+
+  const auto start = [&](const Tiling::Position& at, int i, int buffer) {
+    unsigned char* const to = shared + buffer * Tile::kBufferBytes;
+    if (i < Tile::kGradientItems) {
+      const int number = thread + i * Tile::kThreads, pixel = number / Tile::kGradientChunks;
+      if (pixel < Tile::kPixels) {
+        g_item.start(conv.gradient, tiling.output<false>(at, pixel), g_channel, to);
+      }
+    } else {
+      const int number = thread + (i - Tile::kGradientItems) * Tile::kThreads;
+      const int pixel = number / Tile::kInputChunks;
+      if (pixel < tiling.patch_pixels) {
+        x_item.start(conv.x, tiling.input(at, pixel), x_channel,
+                     to + Tile::kGradientBytes + pixel * Tile::kInputRow + number % Tile::kInputChunks * 16);
+      }
+    }
+  };
+  const auto finish = [&](int i, int buffer) {
+    unsigned char* const to = shared + buffer * Tile::kBufferBytes;
+    if (i < Tile::kGradientItems) {
+      const int number = thread + i * Tile::kThreads, pixel = number / Tile::kGradientChunks;
+      if (pixel < Tile::kPixels) {
+        float v[kLanes];
+        conv.gradient.template values<kLanes>(g_item.fetched, g_channel, v);
+        *reinterpret_cast<uint4*>(to + pixel * Tile::kGradientRow + number % Tile::kGradientChunks * 16) =
+            Math::pack(v);
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) bias[j] += v[j];
+      }
+    } else {
+      const int number = thread + (i - Tile::kGradientItems) * Tile::kThreads;
+      const int pixel = number / Tile::kInputChunks;
+      if (pixel < tiling.patch_pixels) {
+        x_item.finish(conv.x, x_channel,
+                      to + Tile::kGradientBytes + pixel * Tile::kInputRow + number % Tile::kInputChunks * 16);
+      }
+    }
+  };
+  const auto find_places = [&](const Tiling::Position& at, int buffer) {
+    if (thread < Tile::kPixels) {
+      places[buffer * Tile::kPixels + thread] = static_cast<uint16_t>(tiling.window<false>(at, thread));
+    }
+  };
+
+  int tile = first_tile(split);
+  Tiling::Position at = tiling.position(tile);
+#pragma unroll 1
+  for (int i = 0; i < Tile::kSteps; ++i) {
+    start(at, i, 0);
+    finish(i, 0);
+  }
+  find_places(at, 0);
+  cp_async_commit();
+
+  float acc[Tile::MT][kTaps][4] = {};
+  int buffer = 0;
+#pragma unroll 1
+  for (; tile < end; ++tile, buffer ^= 1) {
+    cp_async_wait<0>();
+    __syncthreads();
+    const bool more = tile + 1 < end;
+    at = tiling.position(tile + 1);
+    if (more) find_places(at, buffer ^ 1);
+    const unsigned char* const g = shared + buffer * Tile::kBufferBytes + warp_k * (16 / kLanes);
+    const unsigned char* const x =
+        shared + buffer * Tile::kBufferBytes + Tile::kGradientBytes + warp_c * (16 / kLanes);
+#pragma unroll 1
+    for (int step = 0; step < Tile::kSteps; ++step) {
+      if (more) start(at, step, buffer ^ 1);
+      Tile::multiply(acc, g, x, tiling.pitch, places + buffer * Tile::kPixels, step * Tile::kStepPixels, lane);
+      if (more) finish(step, buffer ^ 1);
+    }
+    cp_async_commit();
+  }
+
+  const bool pairs = conv.C % 2 == 0;
+  const int c = c0 + warp_c + 2 * (lane & 3);
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap) {
+    float* const out = conv.dweight + (static_cast<int64_t>(split) * kTaps + tap) * conv.K * conv.C + c;
+#pragma unroll
+    for (int i = 0; i < 2 * Tile::MT; ++i) {
+      const int k = k0 + warp_k + 8 * i + (lane >> 2);
+      const float d[2] = {acc[i / 2][tap][i % 2 * 2], acc[i / 2][tap][i % 2 * 2 + 1]};
+      float* const to = out + static_cast<int64_t>(k) * conv.C;
+      if (k >= conv.K) continue;
+      if (pairs && c < conv.C) {
+        *reinterpret_cast<float2*>(to) = make_float2(d[0], d[1]);
+      } else {
+        if (c < conv.C) to[0] = d[0];
+        if (c + 1 < conv.C) to[1] = d[1];
+      }
+    }
+  }
+
+  if (with_bias) {
+    __syncthreads();
+    float* const sums = reinterpret_cast<float*>(shared);  // [thread][kLanes]
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) sums[thread * kLanes + j] = bias[j];
+    __syncthreads();
+    if (thread < Tile::kTileK && k0 + thread < conv.K) {
+      float total = 0.0f;
+      for (int i = thread / kLanes; i < Tile::kThreads; i += Tile::kGradientChunks) {
+        total += sums[i * kLanes + thread % kLanes];
+      }
+      conv.dbias[static_cast<int64_t>(split) * conv.K + k0 + thread] = total;
+    }
+  }
+}
+
+/// dweight [K,C,3,3] and dbias [K] (unless null) as the sums over splits, in their order. One thread a sum.
+constexpr int kAddThreads = 256;
+__global__ void __launch_bounds__(kAddThreads)
+    add_splits_kernel(const float* dweight_splits, const float* dbias_splits, int splits, int K, int C,
+                      float* dweight, float* dbias) {
+  const int64_t weights = static_cast<int64_t>(kTaps) * K * C;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kAddThreads + threadIdx.x;
+  if (i < weights) {
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int split = 0; split < splits; ++split) sum += dweight_splits[split * weights + i];
+    const int64_t tap = i / (static_cast<int64_t>(K) * C), pair = i % (static_cast<int64_t>(K) * C);
+    dweight[pair * kTaps + tap] = sum;
+  } else if (dbias != nullptr && i < weights + K) {
+    const int64_t k = i - weights;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int split = 0; split < splits; ++split) sum += dbias_splits[static_cast<int64_t>(split) * K + k];
+    dbias[k] = sum;
+  }
+}
+
+// ---- launching -----------------------------------------------------------------------------------
+
+constexpr int64_t kGradientBlocks = 2 * 132;
+
+/// Blocks along the pixels, for tiles of at least 32 x 32 channels: by the shape alone.
+inline int64_t most_gradient_splits(int64_t C, int64_t K) {
+  const int64_t c_tiles = round_up(C, 32) / 32, k_tiles = K <= 32 ? 1 : round_up(K, 64) / 64;
+  return std::max<int64_t>(1, kGradientBlocks / (c_tiles * k_tiles));
+}
+
+/// Bytes of the splits' sums.
+inline int64_t weight_gradient_bytes(int64_t C, int64_t K) {
+  return most_gradient_splits(C, K) * (kTaps * C + 1) * K * static_cast<int64_t>(sizeof(float));
+}
+
+template <class Tile, class Source, class Gradient>
+cudaError_t launch_weight_gradient(const ConvSize& s, const Source& x, const Gradient& gradient, float* dweight,
+                                   float* dbias, void* workspace, cudaStream_t stream) {
+  const Tiling tiling = Tiling::choose(s, false, Tile::kPixels, Tile::kMaxPatch);
+  if (tiling.tile_cols == 0) return cudaErrorInvalidValue;
+  // At least four tiles a block, whose sums are then not more memory than its input.
+  const int64_t splits = std::min<int64_t>(most_gradient_splits(s.C, s.K), (tiling.tiles + 3) / 4);
+  float* const sums = static_cast<float*>(workspace);
+  float* const bias_sums = sums + splits * kTaps * s.C * s.K;
+  if (splits > 0) {
+    const WeightGradient<Source, Gradient> conv{.tiling = tiling,
+                                                .x = x,
+                                                .gradient = gradient,
+                                                .C = static_cast<int>(s.C),
+                                                .K = static_cast<int>(s.K),
+                                                .splits = static_cast<int>(splits),
+                                                .dweight = sums,
+                                                .dbias = dbias != nullptr ? bias_sums : nullptr};
+    const int64_t blocks = splits * (round_up(s.C, Tile::kTileC) / Tile::kTileC) *
+                           (round_up(s.K, Tile::kTileK) / Tile::kTileK);
+    const cudaError_t error =
+        launch(&conv_weight_gradient_kernel<Tile, Source, Gradient>, dim3(static_cast<unsigned>(blocks)),
+               dim3(Tile::kThreads), Tile::kSharedBytes, stream, conv);
+    if (error != cudaSuccess) return error;
+  }
+  const int64_t outputs = (kTaps * s.C + 1) * s.K;
+  return launch(&add_splits_kernel, dim3(static_cast<unsigned>((outputs + kAddThreads - 1) / kAddThreads)),
+                dim3(kAddThreads), 0, stream, sums, bias_sums, static_cast<int>(splits), static_cast<int>(s.K),
+                static_cast<int>(s.C), dweight, dbias);
+}
+
+template <class Math, class Source, class Gradient>
+cudaError_t weight_gradient(const ConvSize& s, const Source& x, const Gradient& gradient, float* dweight,
+                            float* dbias, void* workspace, cudaStream_t stream) {
+  if (s.K <= 32) {
+    return launch_weight_gradient<GradientTile<Math, 1>>(s, x, gradient, dweight, dbias, workspace, stream);
+  }
+  return launch_weight_gradient<GradientTile<Math, 2>>(s, x, gradient, dweight, dbias, workspace, stream);
+}
+
+}  // namespace maskcore
