@@ -12,16 +12,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -79,7 +80,27 @@ class Workspace:
     memory: Memory
 
 
-Argument: TypeAlias = "Memory | Output | Workspace | bool | int | float | None"
+@dataclass(frozen=True)
+class Input:
+    """Memory that a launcher must not write; said by the parameter itself where it is a pointer to const."""
+
+    memory: Memory
+
+
+GlobalMemory: TypeAlias = "Memory | Output | Workspace | Input"
+HostStruct: TypeAlias = "ctypes.Structure | ctypes.Array[Any]"
+Argument: TypeAlias = "GlobalMemory | HostStruct | bool | int | float | None"
+
+
+class Traffic(NamedTuple):
+    """What the warps' accesses at one source line cost; traffic.cpp says how it is counted."""
+
+    place: str
+    space: Literal["shared", "global"]
+    verb: Literal["reads", "writes"]
+    requests: int
+    units: int  # wavefronts of shared memory, 32-byte sectors of global memory
+    least: int  # that the same bytes could have cost
 
 
 def build(*sources: str | Path, replacements: Iterable[Replacement] = ()) -> Kernels:
@@ -105,10 +126,11 @@ def _compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def _run(*command: str | Path) -> None:
+def _run(*command: str | Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
+    return done.stdout
 
 
 @functools.cache
@@ -156,7 +178,7 @@ def _headers(path: Path) -> bytes:
 @functools.cache
 def _runtime() -> Path:
     """The emulator itself, which every library of kernels shares."""
-    sources = [HERE / "machine.cpp", HERE / "memory.cpp", HERE / "warp.cpp"]
+    sources = sorted(HERE.glob("*.cpp"))
     headers = _headers(HERE)
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda source: _compile(source, RUNTIME, [HERE], headers), sources))
@@ -194,10 +216,14 @@ def _build(sources: tuple[Path, ...], changes: tuple[Replacement, ...]) -> Kerne
     return Kernels(_link(sources[0].stem, objects, [runtime]), runtime)
 
 
-# Parameters as the demangler writes them; every pointer is a c_void_p.
+def address_of(memory: Memory) -> int:
+    """The pointer, for a struct that a launcher takes."""
+    return memory.data_ptr() if isinstance(memory, torch.Tensor) else memory.ctypes.data
+
+
+# Parameters as the demangler writes them. Every pointer is a c_void_p, every enumeration an int.
 SCALARS = {
     "bool": ctypes.c_bool,
-    "int": ctypes.c_int32,
     "unsigned int": ctypes.c_uint32,
     "long": ctypes.c_int64,
     "unsigned long": ctypes.c_uint64,
@@ -207,10 +233,62 @@ SCALARS = {
 STREAM = "CUstream_st*"
 
 
-@dataclass(frozen=True)
-class Launcher:
+class Launcher(NamedTuple):
     symbol: str
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...]  # without the stream
+    takes_stream: bool
+
+
+@dataclass
+class Tensor:
+    """Global memory as the emulator knows it."""
+
+    name: str
+    size: int
+    element: int  # bytes
+    initialised: bool
+    read_only: bool
+    is_output: bool
+
+
+class GlobalTensors:
+    """The global memory of one call, by address."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, Tensor] = {}
+
+    def add(self, name: str, argument: GlobalMemory, read_only: bool = False) -> int:
+        """Returns the address. Memory that is to be written begins as NaN."""
+        memory = argument.memory if isinstance(argument, (Output, Workspace, Input)) else argument
+        if isinstance(memory, torch.Tensor):
+            contiguous, size, element = memory.is_contiguous(), memory.nbytes, memory.element_size()
+        elif isinstance(memory, np.ndarray):
+            contiguous, size, element = memory.flags.c_contiguous, memory.nbytes, memory.itemsize
+        else:
+            raise TypeError(f"{name} is a pointer, for which there must be a tensor, not {memory!r}")
+        if not contiguous:
+            raise ValueError(f"{name} is not contiguous")
+        address = address_of(memory)
+        if size == 0:
+            return address
+        fresh = isinstance(argument, (Output, Workspace))
+        if fresh:
+            ctypes.memset(address, 0xFF, size)
+        read_only = read_only or isinstance(argument, Input)
+        tensor = Tensor(name, size, element, not fresh, read_only, isinstance(argument, Output))
+        if address in self.at:  # the same memory in two places: what either of them allows
+            tensor.initialised |= self.at[address].initialised
+            tensor.read_only &= self.at[address].read_only
+            tensor.is_output |= self.at[address].is_output
+        self.at[address] = tensor
+        return address
+
+    def check_overlaps(self) -> None:
+        end = 0
+        for address in sorted(self.at):
+            if address < end:
+                raise ValueError(f"{self.at[address].name} overlaps with another one in part")
+            end = address + self.at[address].size
 
 
 class Kernels:
@@ -218,162 +296,146 @@ class Kernels:
 
     def __init__(self, library: Path, runtime: Path) -> None:
         self.path = library
-        self.emulator = ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
-        self.emulator.cuda_emulator_take_fault.restype = ctypes.c_char_p
-        self.emulator.cuda_emulator_first_unwritten.restype = ctypes.c_longlong
-        self.emulator.cuda_emulator_first_unwritten.argtypes = [ctypes.c_size_t]
-        self.emulator.cuda_emulator_accesses.restype = ctypes.c_ulonglong
-        self.emulator.cuda_emulator_set_shared_limit.argtypes = [ctypes.c_size_t]
         self.library = ctypes.CDLL(str(library))
         self.launchers = self._find_launchers()
+        emulator = self.emulator = ctypes.CDLL(str(runtime))
+        emulator.cuda_emulator_take_fault.restype = ctypes.c_char_p
+        emulator.cuda_emulator_accesses.restype = ctypes.c_ulonglong
+        emulator.cuda_emulator_set_shared_limit.argtypes = [ctypes.c_size_t]
+        emulator.cuda_emulator_first_unwritten.argtypes = [ctypes.c_size_t]
+        emulator.cuda_emulator_first_unwritten.restype = ctypes.c_longlong
+        emulator.cuda_emulator_add_tensor.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_char_p)
+        ]
 
     def _find_launchers(self) -> dict[str, list[Launcher]]:
         """The library's functions by their names without namespaces, with what the demangler says they take."""
-        listed = subprocess.run(
-            ["nm", "-D", "--defined-only", "-P", self.path], capture_output=True, text=True, check=True
-        )
-        symbols = [line.split()[0] for line in listed.stdout.splitlines()]
-        readable = subprocess.run(
-            ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
-        )
+        listed = _run("nm", "-D", "--defined-only", "-P", self.path)
+        symbols = [line.split()[0] for line in listed.splitlines()]
         found: dict[str, list[Launcher]] = {}
-        for symbol, name in zip(symbols, readable.stdout.splitlines(), strict=True):
+        for symbol, name in zip(symbols, _run("c++filt", *symbols).splitlines(), strict=True):
             match = re.fullmatch(r"(?:\w+::)*(\w+)\((.*)\)", name)
             if match:
-                parameters = tuple(part for part in match[2].split(", ") if part)
-                found.setdefault(match[1], []).append(Launcher(symbol, parameters))
+                parameters = [part for part in match[2].split(", ") if part]
+                takes_stream = parameters[-1:] == [STREAM]
+                taken = tuple(parameters[:-1] if takes_stream else parameters)
+                found.setdefault(match[1], []).append(Launcher(symbol, taken, takes_stream))
         return found
 
     def run(
         self,
         name: str,
         *arguments: Argument,
+        beside: Mapping[str, GlobalMemory] | None = None,
         order: Order = "forward",
         seed: int = 0,
         shared_limit: int = 227 * 1024,
-    ) -> None:
-        """Calls the launcher with tensors in the pointers' places; its last parameter, the stream, is added.
+        count_traffic: bool = False,
+    ) -> list[Traffic]:
+        """Calls the launcher with tensors in the pointers' places; the stream, its last parameter, is added.
 
-        A tensor may be read and, where the parameter is no pointer to const, written. Raises Fault if the
-        emulator finds something wrong, and LaunchError if the launcher returns an error by itself.
+        A tensor may be read and, where the parameter is no pointer to const, written. ``beside`` are the tensors
+        that the structs among the arguments point to. Raises Fault if the emulator finds something wrong, and
+        LaunchError if the launcher returns an error by itself. Returns the traffic where it is to be counted.
         """
         launcher = self._choose(name, len(arguments))
-        parameters = [part for part in launcher.parameters if part != STREAM]
+        tensors = GlobalTensors()
+        for called, memory in (beside or {}).items():
+            tensors.add(called, memory)
         values: list[object] = []
-        outputs: list[tuple[int, int]] = []
-        tensors: dict[int, tuple[int, int, bool, bool, int]] = {}
-        for position, (argument, parameter) in enumerate(zip(arguments, parameters, strict=True)):
-            if "*" not in parameter and "&" not in parameter:
-                values.append(SCALARS[parameter](argument))  # type: ignore[arg-type]
-                continue
-            if argument is None:
+        for i, (argument, parameter) in enumerate(zip(arguments, launcher.parameters, strict=True)):
+            if isinstance(argument, (ctypes.Structure, ctypes.Array)):
+                values.append(ctypes.byref(argument) if parameter[-1] in "*&" else argument)
+            elif parameter[-1] not in "*&":
+                values.append(SCALARS.get(parameter, ctypes.c_int32)(argument))  # type: ignore[arg-type]
+            elif argument is None:
                 values.append(ctypes.c_void_p(None))
-                continue
-            fresh = isinstance(argument, (Output, Workspace))
-            address, size, element = _extent(argument)
-            values.append(ctypes.c_void_p(address))
-            if size == 0:
-                continue
-            if fresh:
-                ctypes.memset(address, 0xFF, size)
-            if isinstance(argument, Output):
-                outputs.append((position, address))
-            read_only = parameter.endswith("const*")
-            if address in tensors:  # one tensor in two places: what either of them allows
-                read_only &= tensors[address][3]
-                fresh &= tensors[address][2]
-            tensors[address] = (size, element, fresh, read_only, position)
-        if STREAM in launcher.parameters:
+            else:
+                read_only = parameter.endswith("const*")
+                address = tensors.add(f"argument {i} of {name}", argument, read_only)  # type: ignore[arg-type]
+                values.append(ctypes.c_void_p(address))
+        if launcher.takes_stream:
             values.append(ctypes.c_void_p(None))
+        tensors.check_overlaps()
 
-        emulator = self.emulator
-        emulator.cuda_emulator_forget_tensors()
-        emulator.cuda_emulator_set_order(ORDERS.index(order), seed)
-        emulator.cuda_emulator_set_shared_limit(shared_limit)
-        _check_overlaps(tensors)
-        for address, (size, element, fresh, read_only, position) in tensors.items():
-            called = f"argument {position} of {name}".encode()
-            emulator.cuda_emulator_add_tensor(
-                ctypes.c_void_p(address),
-                ctypes.c_size_t(size),
-                element.bit_length() - 1,
-                int(not fresh),
-                int(read_only),
-                called,
+        self.emulator.cuda_emulator_set_order(ORDERS.index(order), seed)
+        self.emulator.cuda_emulator_set_shared_limit(shared_limit)
+        self.emulator.cuda_emulator_count_traffic(int(count_traffic))
+        self.emulator.cuda_emulator_forget_tensors()
+        for address, tensor in tensors.at.items():
+            granule_log2 = tensor.element.bit_length() - 1
+            self.emulator.cuda_emulator_add_tensor(
+                *(
+                    address,
+                    tensor.size,
+                    granule_log2,
+                    tensor.initialised,
+                    tensor.read_only,
+                    tensor.name.encode(),
+                )
             )
         error = self.library[launcher.symbol](*values)
         self._raise_fault()
         if error != 0:
             raise LaunchError(f"{name} returned cudaError_t {error}")
-        places = list(tensors)
-        for position, address in outputs:
-            element = emulator.cuda_emulator_first_unwritten(places.index(address))
+        for i, tensor in enumerate(tensors.at.values()):
+            element = self.emulator.cuda_emulator_first_unwritten(i) if tensor.is_output else -1
             if element >= 0:
-                raise Fault(
-                    f"{name} never wrote element {element} of argument {position}, which is an output"
-                )
+                raise Fault(f"{name}: nothing wrote element {element} of {tensor.name}, which is an output")
+        return self._traffic()
 
     def accesses(self) -> int:
         """Memory accesses checked so far, of all libraries together."""
         return int(self.emulator.cuda_emulator_accesses())
 
     def _choose(self, name: str, given: int) -> Launcher:
-        candidates = [
-            launcher
-            for launcher in self.launchers.get(name, [])
-            if sum(part != STREAM for part in launcher.parameters) == given
-        ]
-        if len(candidates) != 1:
+        named = self.launchers.get(name, [])
+        fitting = [launcher for launcher in named if len(launcher.parameters) == given]
+        if len(fitting) != 1:
             raise TypeError(
-                f"{len(candidates)} launchers named {name} take {given} arguments: {self.launchers.get(name)}"
+                f"{len(fitting)} launchers named {name} take {given} arguments; there are {named}"
             )
-        return candidates[0]
+        return fitting[0]
 
     def _raise_fault(self) -> None:
         kernel, code = ctypes.c_void_p(), ctypes.c_void_p()
         sentence = self.emulator.cuda_emulator_take_fault(ctypes.byref(kernel), ctypes.byref(code))
         if sentence is None:
             return
-        name = self._source_lines(kernel.value, 0)[0][0]
-        # A return address: the call is the instruction before. The emulator's inline functions are not the place.
-        lines = self._source_lines(code.value, 1)
-        place = next((line for _, line in lines if not line.startswith("cuda_emulator.h")), "?")
-        raise Fault(f"kernel {name}, {sentence.decode()} [{place}]")
+        function = self._source_lines(kernel.value or 0)[0][0]
+        raise Fault(f"kernel {function}, {sentence.decode()} [{self._place(code.value or 0)}]")
 
-    def _source_lines(self, address: int | None, back: int) -> list[tuple[str, str]]:
+    def _traffic(self) -> list[Traffic]:
+        code, shared, writes = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+        counts = (ctypes.c_uint64 * 3)()
+        found: dict[tuple[str, bool, bool], list[int]] = {}
+        for i in itertools.count():
+            passed = (ctypes.byref(value) for value in (code, shared, writes))
+            if not self.emulator.cuda_emulator_traffic(ctypes.c_size_t(i), *passed, counts):
+                break
+            key = self._place(code.value or 0), bool(shared.value), bool(writes.value)
+            found[key] = [
+                before + count for before, count in zip(found.get(key, [0] * 3), counts, strict=True)
+            ]
+        return [
+            Traffic(place, "shared" if shared else "global", "writes" if writes else "reads", *summed)
+            for (place, shared, writes), summed in sorted(found.items())
+        ]
+
+    def _place(self, code: int) -> str:
+        """file:line of a return address, whose call is just before, outside of the emulator's inline functions."""
+        lines = (line for _, line in self._source_lines(code - 1))
+        return next((line for line in lines if not line.startswith("cuda_emulator.h")), "?")
+
+    @functools.cache  # noqa: B019 - libraries live as long as the process
+    def _source_lines(self, address: int) -> list[tuple[str, str]]:
         """Function and file:line of an address in the library, and of those it is inlined into."""
         base = next(
             int(line.split("-")[0], 16)
             for line in Path("/proc/self/maps").read_text().splitlines()
             if line.endswith(str(self.path.resolve()))
         )
-        offset = hex((address or base) - base - back)
-        done = subprocess.run(
-            ["addr2line", "-fiC", "-e", self.path, offset], capture_output=True, text=True, check=True
-        )
-        lines = done.stdout.splitlines()
+        lines = _run("addr2line", "-fiC", "-e", self.path, hex(max(address - base, 0))).splitlines()
         functions = [re.sub(r"\(.*|.*::(?=\w)", "", line) for line in lines[::2]]
         places = [re.sub(r" \(discriminator.*", "", line.rpartition("/")[2]) for line in lines[1::2]]
         return list(zip(functions, places, strict=True))
-
-
-def _extent(argument: Argument) -> tuple[int, int, int]:
-    """Address, bytes, and bytes of an element."""
-    memory = argument.memory if isinstance(argument, (Output, Workspace)) else argument
-    if not isinstance(memory, (torch.Tensor, np.ndarray)):
-        raise TypeError(f"a launcher takes a tensor for a pointer, not {memory!r}")
-    if isinstance(memory, torch.Tensor):
-        if not memory.is_contiguous():
-            raise ValueError("a launcher takes contiguous tensors")
-        return memory.data_ptr(), memory.numel() * memory.element_size(), memory.element_size()
-    if not memory.flags.c_contiguous:
-        raise ValueError("a launcher takes contiguous arrays")
-    return memory.ctypes.data, memory.nbytes, memory.itemsize
-
-
-def _check_overlaps(tensors: dict[int, tuple[int, int, bool, bool, int]]) -> None:
-    end = 0
-    for address in sorted(tensors):
-        if address < end:
-            raise ValueError("two arguments overlap in part")
-        end = address + tensors[address][0]

@@ -129,8 +129,38 @@ __global__ void constants_kernel(const float* x, float* y) {
   y[threadIdx.x] = x[threadIdx.x] * *entry;
 }
 
+__global__ void traffic_kernel(const float* x, float* y, int stride) {
+  float* s = dynamic_shared<float>();
+  const int lane = static_cast<int>(threadIdx.x);
+  if (lane == 1) s[0] = 0.0f;
+  __syncthreads();
+  const float mine = x[lane * stride];
+  __syncthreads();
+  s[lane * stride] = mine;
+  __syncthreads();
+  float sum = s[lane * stride];
+  for (int i = 0; i < 3; ++i) sum += s[i * stride];
+  y[lane] = sum;
+}
+
+__global__ void ldmatrix_traffic_kernel(float* y, int pitch) {
+  char* s = dynamic_shared<char>();
+  const int lane = static_cast<int>(threadIdx.x);
+  *reinterpret_cast<float4*>(s + lane * pitch) = make_float4(1, 2, 3, 4);
+  __syncthreads();
+  uint32_t r[4];
+  ldmatrix_x4(r, s + lane * pitch);
+  y[lane] = __uint_as_float(r[0]);
+}
+
 }  // namespace
 
+cudaError_t launch_traffic(const float* x, float* y, int stride, cudaStream_t stream) {
+  return launch(traffic_kernel, 1, 32, 33 * 32 * sizeof(float), stream, x, y, stride);
+}
+cudaError_t launch_ldmatrix_traffic(float* y, int pitch, cudaStream_t stream) {
+  return launch(ldmatrix_traffic_kernel, 1, 32, 32 * 144, stream, y, pitch);
+}
 cudaError_t launch_mma_tf32(const uint32_t* a, const uint32_t* b, float* d, cudaStream_t stream) {
   return launch(mma_tf32_kernel, 1, 32, 0, stream, a, b, d);
 }

@@ -221,6 +221,7 @@ void run_block(uint3 block) {
       explain_divergence();
     }
   }
+  if (counts_traffic) end_traffic_interval(machine.block_threads);
 }
 
 void begin_stacks() {
@@ -318,6 +319,7 @@ void block_barrier(Place place) {
   thread.state = State::kAtBarrier;
   if (++machine.at_barrier == machine.block_threads) {
     machine.at_barrier = 0;
+    if (counts_traffic) end_traffic_interval(machine.block_threads);
     clock_.barrier = ++clock_.now;
     std::fill(std::begin(clock_.warps), std::end(clock_.warps), clock_.now);
     for (int i = 0; i < machine.block_threads; ++i) set_ready(i);

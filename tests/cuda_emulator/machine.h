@@ -1,5 +1,6 @@
 // What the parts of the emulator know of each other: the thread that runs, the clock that orders accesses,
-// and faults. machine.cpp runs threads, memory.cpp checks accesses, warp.cpp has the warp instructions.
+// and faults. machine.cpp runs threads, memory.cpp checks accesses, traffic.cpp counts them, warp.cpp has the
+// warp instructions.
 #pragma once
 
 #include <csetjmp>
@@ -76,6 +77,12 @@ void end_thread_memory(const void* code);
 // Checks that the running thread may read these bytes of shared memory, aligned to their number.
 void check_shared_read(const void* address, size_t bytes, const void* code);
 extern size_t shared_bytes_limit;
+
+// traffic.cpp: accesses are recorded while `counts_traffic`, and put together at the end of a barrier
+// interval.
+extern bool counts_traffic;
+void record_traffic(const void* code, uintptr_t address, size_t bytes, bool shared, bool writes);
+void end_traffic_interval(int block_threads);
 
 // Returns when all lanes of the mask have come to the same instruction at the same place; the last to come
 // executes it for all. Lanes outside of the mask are null.

@@ -268,6 +268,9 @@ bool is_shared(const void* pointer) {
     fault(code, "%s %s, which is const", verb(access), described(*region, address).c_str());
   }
   access_region(*region, address, bytes, access, code);
+  if (counts_traffic && access != Access::kArrival) {
+    record_traffic(code, address, bytes, region->space == Space::kShared, access != Access::kRead);
+  }
 }
 
 inline void access_anywhere(const void* pointer, size_t bytes, size_t alignment, Access access,
