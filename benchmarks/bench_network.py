@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import engines
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from maskcore import models, ops, optim
 
 Compare = Callable[..., None]
+Compiled = Callable[[Any], dict[str, Any]]
 
 
 def _flops(network: models.Network, n: int) -> int:
@@ -34,8 +35,8 @@ def _flops(network: models.Network, n: int) -> int:
     return total * n
 
 
-def _pair(image_size: int) -> tuple[models.Network, Any]:
-    network = models.create("final", image_size=image_size, seed=0)
+def _pair(image_size: int, precision: ops.Precision = "ieee") -> tuple[models.Network, Any]:
+    network = models.create("final", image_size=image_size, precision=precision, seed=0)
     twin: Any = models.torch_twin(network)
     return network, twin.to(memory_format=torch.channels_last)
 
@@ -45,9 +46,20 @@ def _pictures(n: int, size: int) -> tuple[Tensor, Tensor]:
     return x, torch.arange(n) % 3
 
 
-def bench_training_step(compare: Compare, batch_size: int, image_size: int) -> None:
-    """Forward, loss, backward, Adam with L2; PyTorch's with its fused Adam."""
-    network, twin = _pair(image_size)
+def _step(network: Any, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, loss_of: Any) -> Tensor:
+    optimizer.zero_grad()
+    loss: Tensor = loss_of(network(x), target)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+@pytest.mark.parametrize("precision", get_args(ops.Precision)[::2])
+def bench_training_step(
+    compare: Compare, compiled: Compiled, batch_size: int, image_size: int, precision: ops.Precision
+) -> None:
+    """Forward, loss, backward, Adam with L2; PyTorch's with its fused Adam, in float32 and under bfloat16 autocast."""
+    network, twin = _pair(image_size, precision)
     x, target = _pictures(batch_size, image_size)
     ours = optim.Adam(network.parameter_groups(1e-4), lr=1e-4)
     kernels = {"block4_conv4.weight", "dense1.weight"}
@@ -58,47 +70,61 @@ def bench_training_step(compare: Compare, batch_size: int, image_size: int) -> N
     theirs = torch.optim.Adam(groups, lr=1e-4, fused=True)
 
     def step_ours() -> Tensor:
-        ours.zero_grad()
-        loss = ops.softmax_cross_entropy(network(x), target)
-        loss.backward()
-        ours.step()
-        return loss
+        return _step(network, ours, x, target, ops.softmax_cross_entropy)
 
-    def step_theirs() -> Tensor:
-        theirs.zero_grad()
-        loss = F.cross_entropy(twin(x), target)
-        loss.backward()
-        theirs.step()
-        return loss
+    def step_autocast() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return _step(twin, theirs, x, target, F.cross_entropy)
 
-    first, second = step_ours().item(), step_theirs().item()
-    # Dropout draws other masks in another flatten order: only the size of the loss can be compared.
-    assert abs(first - second) < 0.5, f"the losses {first} and {second} are not of one network"
-    compare(step_ours, step_theirs, flops=3 * _flops(network, batch_size))
+    peers: dict[str, Callable[[], Tensor]] = {
+        "PyTorch": lambda: _step(twin, theirs, x, target, F.cross_entropy),
+        "PyTorch bf16": step_autocast,
+    }
+    for name, forward in compiled(twin).items():
+        peers[name] = functools.partial(_step, forward, theirs, x, target, F.cross_entropy)
+    first = step_ours().item()
+    for name, step in peers.items():
+        # Dropout draws other masks in another flatten order: only the size of the loss can be compared.
+        assert abs(first - step().item()) < 0.5, f"the loss of {name} is not of one network with {first}"
+    compare(step_ours, peers, flops=3 * _flops(network, batch_size))
 
 
+@pytest.mark.parametrize("precision", get_args(ops.Precision)[::2])
 @pytest.mark.parametrize("batch", [1, None], ids=["one", "batch"])
 def bench_inference(
-    compare: Compare, batch: int | None, batch_size: int, image_size: int, tmp_path: Path
+    compare: Compare,
+    compiled: Compiled,
+    batch: int | None,
+    precision: ops.Precision,
+    batch_size: int,
+    image_size: int,
+    tmp_path: Path,
 ) -> None:
-    """Beside PyTorch and every other engine that is installed (pip install ".[bench]"), all in float32."""
+    """Beside PyTorch and every other engine that is installed (pip install ".[bench]"); with bfloat16 products also
+    beside the modes that others have for it."""
     network, twin = _pair(image_size)
-    fast = models.for_inference(network)
+    fast = models.for_inference(network, precision)
     twin.eval()
     x, _ = _pictures(batch or batch_size, image_size)
     threads, pictures = torch.get_num_threads(), x.contiguous()
-    calls = {name: build(twin, pictures, tmp_path, threads) for name, build in engines.installed().items()}
+    builders = engines.installed() | engines.installed_bfloat16()
+    calls = {name: build(twin, pictures, tmp_path, threads) for name, build in builders.items()}
     twin.to(memory_format=torch.channels_last)
+
+    def autocast() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return twin(x)
+
     with torch.inference_mode():
-        expected = twin(x)
-        for name, logits in [
-            ("maskcore", fast(x)),
-            *((name, call(pictures)) for name, call in calls.items()),
-        ]:
-            error = ((torch.as_tensor(logits) - expected).norm() / expected.norm()).item()
-            assert error <= 1e-3, f"{name} disagrees with PyTorch by {error:.1e}"
-        peers: dict[str, Callable[[], Any]] = {"PyTorch": lambda: twin(x)}
+        peers: dict[str, Callable[[], Any]] = {"PyTorch": lambda: twin(x), "PyTorch bf16": autocast}
+        peers |= {name: functools.partial(forward, x) for name, forward in compiled(twin).items()}
         peers |= {name: functools.partial(call, pictures) for name, call in calls.items()}
+        expected = twin(x)
+        for name, call in {f"maskcore {precision}": lambda: fast(x), **peers}.items():
+            logits = torch.as_tensor(call()).float()
+            error = ((logits - expected).norm() / expected.norm()).item()
+            limit = 0.1 if name.endswith("bf16") else 1e-3
+            assert error <= limit, f"{name} disagrees with PyTorch by {error:.1e}"
         compare(lambda: fast(x), peers, flops=_flops(network, len(x)))
 
 

@@ -51,6 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--phases", action="store_true", help="show where the convolutions' time goes, a row a benchmark"
     )
+    group.addoption("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
     group.addoption("--threads", type=int, default=os.cpu_count(), help="threads of both engines")
 
 
@@ -77,6 +78,16 @@ def batch_size(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def image_size(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--image-size"))
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest) -> Callable[[Any], dict[str, Any]]:
+    """compiled(network) -> {"torch.compile": the network compiled}, or {} with --no-compile."""
+
+    def build(network: Any) -> dict[str, Any]:
+        return {} if request.config.getoption("--no-compile") else {"torch.compile": torch.compile(network)}
+
+    return build
 
 
 @pytest.fixture(autouse=True)

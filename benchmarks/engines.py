@@ -1,11 +1,13 @@
 """Other inference engines with the same network in them: what the benchmarks compare with, where installed.
 
 Each builder takes a network of torch.nn layers in evaluation mode and the number of pictures in a batch, and returns a
-call: pictures ``[N, 3, S, S]`` float32, contiguous -> logits ``[N, classes]`` as numpy, all on the CPU in float32.
+call: pictures ``[N, 3, S, S]`` float32, contiguous -> logits ``[N, classes]`` as numpy, all on the CPU; in float32, or
+in what an engine makes of bfloat16.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -20,9 +22,8 @@ from torch import Tensor
 from maskcore.ops import fold_batch_norm
 
 Call = Callable[[Tensor], Any]
-Builder = Callable[
-    [Any, Tensor, Path, int], Call
-]  # network of torch.nn layers, pictures, scratch folder, threads
+#: network of torch.nn layers, pictures, scratch folder, threads
+Builder = Callable[[Any, Tensor, Path, int], Call]
 
 
 def _onnx(twin: Any, x: Tensor, folder: Path) -> Path:
@@ -51,23 +52,23 @@ def onnx_runtime(twin: Any, x: Tensor, folder: Path, threads: int) -> Call:
     return lambda pictures: session.run(None, {"pictures": pictures.numpy()})[0]
 
 
-def openvino(twin: Any, x: Tensor, folder: Path, threads: int) -> Call:
+def openvino(twin: Any, x: Tensor, folder: Path, threads: int, precision: str = "f32") -> Call:
     import openvino
 
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
     compiled = openvino.Core().compile_model(str(_onnx(twin, x, folder)), "CPU", settings)
     request = compiled.create_infer_request()
     return lambda pictures: request.infer({0: pictures.numpy()})[0]
 
 
-def mnn(twin: Any, x: Tensor, folder: Path, threads: int) -> Call:
+def mnn(twin: Any, x: Tensor, folder: Path, threads: int, precision: str = "high") -> Call:
     import MNN
 
     path = folder / f"network-{len(x)}.mnn"
     convert = [sys.executable, "-m", "MNN.tools.mnnconvert", "-f", "ONNX", "--bizCode", "maskcore"]
     model = ["--modelFile", str(_onnx(twin, x, folder)), "--MNNModel", str(path)]
     subprocess.run([*convert, *model], check=True, capture_output=True)
-    settings = ({"backend": "CPU", "numThread": threads, "precision": "high"},)
+    settings = ({"backend": "CPU", "numThread": threads, "precision": precision},)
     manager = MNN.nn.create_runtime_manager(settings)
     network = MNN.nn.load_module_from_file(str(path), ["pictures"], ["logits"], runtime_manager=manager)
     expr = MNN.expr
@@ -80,7 +81,7 @@ def mnn(twin: Any, x: Tensor, folder: Path, threads: int) -> Call:
     return call
 
 
-def ncnn(twin: Any, x: Tensor, folder: Path, threads: int) -> Call:
+def ncnn(twin: Any, x: Tensor, folder: Path, threads: int, bfloat16: bool = False) -> Call:
     """ncnn has no batches: pictures go one by one."""
     import ncnn
 
@@ -88,7 +89,8 @@ def ncnn(twin: Any, x: Tensor, folder: Path, threads: int) -> Call:
     _write_ncnn(twin, param, weights)
     network = ncnn.Net()
     network.opt.num_threads = threads
-    network.opt.use_fp16_storage = network.opt.use_fp16_arithmetic = network.opt.use_bf16_storage = False
+    network.opt.use_fp16_storage = network.opt.use_fp16_arithmetic = False
+    network.opt.use_bf16_storage = bfloat16
     network.load_param(str(param))
     network.load_model(str(weights))
 
@@ -134,17 +136,33 @@ def _write_ncnn(twin: Any, param: Path, weights: Path) -> None:
     weights.write_bytes(b"".join(np.ascontiguousarray(blob, np.float32).tobytes() for blob in blobs))
 
 
-def installed() -> dict[str, Builder]:
-    """The engines that can be imported, by the name that the table gives them."""
-    engines: dict[str, tuple[str, Builder]] = {
-        "ONNX Runtime": ("onnxruntime", onnx_runtime),
-        "OpenVINO": ("openvino", openvino),
-        "MNN": ("MNN", mnn),
-        "ncnn": ("ncnn", ncnn),
-    }
+def _present(engines: dict[str, tuple[str, Builder]]) -> dict[str, Builder]:
     onnx = importlib.util.find_spec("onnxscript") is not None
     return {
         name: builder
         for name, (package, builder) in engines.items()
-        if importlib.util.find_spec(package) is not None and (onnx or name == "ncnn")
+        if importlib.util.find_spec(package) is not None and (onnx or package == "ncnn")
     }
+
+
+def installed() -> dict[str, Builder]:
+    """The float32 engines that can be imported, by the name that the table gives them."""
+    return _present(
+        {
+            "ONNX Runtime": ("onnxruntime", onnx_runtime),
+            "OpenVINO": ("openvino", openvino),
+            "MNN": ("MNN", mnn),
+            "ncnn": ("ncnn", ncnn),
+        }
+    )
+
+
+def installed_bfloat16() -> dict[str, Builder]:
+    """Those that have a mode with bfloat16, in that mode."""
+    return _present(
+        {
+            "OpenVINO bf16": ("openvino", functools.partial(openvino, precision="bf16")),
+            "MNN bf16": ("MNN", functools.partial(mnn, precision="low_bf16")),
+            "ncnn bf16": ("ncnn", functools.partial(ncnn, bfloat16=True)),
+        }
+    )

@@ -2,9 +2,10 @@
 
     python benchmarks/loss_curves.py OUT [--seeds 3] [-- settings of maskcore train]
 
-The engines are Winograd's convolutions, direct ones, and PyTorch's own layers under the same training loop; each
-seed fixes the split, the weights, the order and the augmentation of all three. What an engine's rounding does to
-training is then the distance between the engines' curves of one seed, beside that between seeds.
+The engines are Winograd's convolutions, direct ones, and PyTorch's own layers under the same training loop, all in
+float32, and Winograd's with bfloat16 products; each seed fixes the split, the weights, the order and the augmentation
+of all. What an engine's rounding does to training is then the distance between the engines' curves of one seed,
+beside that between seeds.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ENGINES = ("winograd", "direct", "PyTorch")
-COLOURS = {"winograd": "#c8553d", "direct": "#3b6ea8", "PyTorch": "#5f8a4c"}
+BFLOAT16 = "winograd bf16"
+COLOURS = {"winograd": "#c8553d", "direct": "#3b6ea8", "PyTorch": "#5f8a4c", BFLOAT16: "#8a5fa8"}
 
 #: What a training process runs first, to have PyTorch's layers in place of the kernels.
 _WITH_PYTORCH = """
@@ -26,12 +28,14 @@ import sys
 from maskcore import ops, train
 
 def plain(reference):
-    return lambda x, weight, bias, padding=0, transformed=None: reference(x, weight, bias, padding)
+    return lambda *tensors, transformed=None, precision="ieee": reference(*tensors[:parameters[reference]])
 
+parameters = {ops.conv_relu_reference: 4, ops.conv_relu_max_pool_reference: 4}
+parameters |= {ops.conv_bn_relu_reference: 9, ops.conv_bn_relu_train_reference: 7}
 ops.conv_relu = plain(ops.conv_relu_reference)
 ops.conv_relu_max_pool = plain(ops.conv_relu_max_pool_reference)
-ops.conv_bn_relu = ops.conv_bn_relu_reference
-ops.conv_bn_relu_train = ops.conv_bn_relu_train_reference
+ops.conv_bn_relu = plain(ops.conv_bn_relu_reference)
+ops.conv_bn_relu_train = plain(ops.conv_bn_relu_train_reference)
 ops.max_pool = ops.max_pool_reference
 ops.softmax_cross_entropy = ops.softmax_cross_entropy_reference
 sys.exit(train.main(sys.argv[1:]))
@@ -40,11 +44,13 @@ sys.exit(train.main(sys.argv[1:]))
 
 def train(engine: str, seed: int, out: Path, settings: list[str]) -> list[dict[str, str]]:
     """The rows of a run's log.csv; a run that is there already is not made again."""
-    folder = out / f"{engine}-seed{seed}"
+    folder = out / f"{engine.replace(' ', '-')}-seed{seed}"
     if not (folder / "result.json").exists():
         program = ["-c", _WITH_PYTORCH] if engine == "PyTorch" else ["-m", "maskcore.train"]
         arguments = [*settings, "--seed", str(seed), "--out", str(folder)]
-        environment = os.environ | ({"MASKCORE_CONV": engine} if engine != "PyTorch" else {})
+        if engine == BFLOAT16:
+            arguments += ["--precision", "bf16"]
+        environment = os.environ | ({"MASKCORE_CONV": engine.split()[0]} if engine != "PyTorch" else {})
         subprocess.run([sys.executable, *program, *arguments], check=True, env=environment)
     with open(folder / "log.csv", newline="") as file:
         return list(csv.DictReader(file))
@@ -70,7 +76,9 @@ def draw(logs: dict[tuple[str, int], list[dict[str, str]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def distances(logs: dict[tuple[str, int], list[dict[str, str]]], column: str) -> tuple[float, float]:
+def distances(
+    logs: dict[tuple[str, int], list[dict[str, str]]], engines: tuple[str, ...], column: str
+) -> tuple[float, float]:
     """The mean over epochs of the largest distance between engines of one seed, and between seeds of one engine."""
 
     def spread(runs: list[list[dict[str, str]]]) -> float:
@@ -79,8 +87,8 @@ def distances(logs: dict[tuple[str, int], list[dict[str, str]]], column: str) ->
         return sum(steps) / len(steps)
 
     seeds = sorted({seed for _, seed in logs})
-    between_engines = [spread([logs[engine, seed] for engine in ENGINES]) for seed in seeds]
-    between_seeds = [spread([logs[engine, seed] for seed in seeds]) for engine in ENGINES]
+    between_engines = [spread([logs[engine, seed] for engine in engines]) for seed in seeds]
+    between_seeds = [spread([logs[engine, seed] for seed in seeds]) for engine in engines]
     return max(between_engines), min(between_seeds)
 
 
@@ -95,14 +103,16 @@ def main() -> None:
     logs = {
         (engine, seed): train(engine, seed, given.out, settings)
         for seed in range(given.seeds)
-        for engine in ENGINES
+        for engine in (*ENGINES, BFLOAT16)
     }
     draw(logs, given.out / "loss_curves.png")
-    for column in ("train_cross_entropy", "val_cross_entropy"):
-        engines, seeds = distances(logs, column)
-        print(
-            f"{column}: engines of one seed at most {engines:.4f} apart, seeds at least {seeds:.4f} (mean of epochs)"
-        )
+    for compared in (ENGINES, ("winograd", BFLOAT16)):
+        for column in ("train_cross_entropy", "val_cross_entropy"):
+            engines, seeds = distances(logs, compared, column)
+            print(
+                f"{', '.join(compared)}: {column} of one seed at most {engines:.4f} apart, of seeds at least "
+                f"{seeds:.4f} (mean of epochs)"
+            )
     print(f"drawn into {given.out / 'loss_curves.png'}")
 
 

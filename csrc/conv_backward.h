@@ -9,11 +9,13 @@ namespace maskcore {
 
 /// dweight [K,C,3,3]; dbias [K] and dx [N,H,W,C] where they are not null.
 template <class Gradient>
-void convolve_backward(const ConvShape& s, const Gradient& gradient, const float* x, const float* weight,
-                       float* dx, float* dweight, float* dbias) {
+void convolve_backward(const ConvShape& s, Precision precision, const Gradient& gradient, const float* x,
+                       const float* weight, float* dx, float* dweight, float* dbias) {
   const Activation input{x, s.H, s.W, s.C};
   if (use_winograd(s)) {
-    WinogradBackward(s, input, gradient, weight, dx).run(dweight, dbias);
+    with_operands(precision, [&]<class Operands>() {
+      WinogradBackward<Operands, Activation, Gradient>(s, input, gradient, weight, dx).run(dweight, dbias);
+    });
   } else {
     convolve_backward_weight(s, input, gradient, dweight, dbias);
     if (dx != nullptr) convolve_backward_data(s, gradient, weight, dx);

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -135,7 +136,9 @@ struct MomentsOutput {
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_cpu(const Tensor& x, const Tensor& weight,
                                                                   const Tensor& bias, const Tensor& gamma,
                                                                   const Tensor& beta, double eps,
-                                                                  int64_t padding) {
+                                                                  int64_t padding,
+                                                                  const std::string& precision) {
+  const Precision allowed = parse_precision(precision);
   const ConvShape s = ConvShape::of(x, weight, padding);
   check_tensor(bias, "bias", {s.K});
   check_tensor(gamma, "gamma", {s.K});
@@ -157,8 +160,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_cpu(const Tensor& 
     const int64_t blocks = block_count(grid, s.C, s.K);
     Moments moments(blocks, s.K);
     const StoreOutput<false> z_output{.y = z_data, .P = s.P, .Q = s.Q, .K = s.K, .bias = bias_data};
-    convolve_winograd(s, grid, input, transform_filters(weight_data, FilterShape::forward(s.K, s.C)),
-                      MomentsOutput{.z = z_output, .moments = moments, .grid = grid, .blocks = blocks});
+    const MomentsOutput sink{.z = z_output, .moments = moments, .grid = grid, .blocks = blocks};
+    with_operands(allowed, [&]<class Operands>() {
+      const auto* filter = transform_filters<Operands>(weight_data, FilterShape::forward(s.K, s.C));
+      convolve_winograd<Operands>(s, grid, input, filter, sink);
+    });
     moments.merge(mean_data, var_data);
   } else {
     Moments moments(rows, s.K);
@@ -215,7 +221,8 @@ void gradient_sums(const float* dy, const float* z, const Affine& affine, const 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_backward_cpu(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& z, const Tensor& gamma,
-    const Tensor& beta, const Tensor& mean, const Tensor& var, double eps, int64_t padding, bool need_dx) {
+    const Tensor& beta, const Tensor& mean, const Tensor& var, double eps, int64_t padding,
+    const std::string& precision, bool need_dx) {
   const ConvShape s = ConvShape::of(x, weight, padding);
   check_tensor(dy, "dy", {s.N, s.P, s.Q, s.K});
   check_tensor(z, "z", {s.N, s.P, s.Q, s.K});
@@ -265,8 +272,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_backward_cpu(
                                        .H = s.P,
                                        .W = s.Q,
                                        .C = s.K};
-  convolve_backward(s, gradient, x.const_data_ptr<float>(), weight.const_data_ptr<float>(),
-                    need_dx ? dx.mutable_data_ptr<float>() : nullptr, dweight.mutable_data_ptr<float>(),
+  convolve_backward(s, parse_precision(precision), gradient, x.const_data_ptr<float>(),
+                    weight.const_data_ptr<float>(), need_dx ? dx.mutable_data_ptr<float>() : nullptr,
+                    dweight.mutable_data_ptr<float>(),
                     /*dbias=*/nullptr);
   return {dx, dweight, dgamma, dbeta};
 }

@@ -27,6 +27,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "operands.h"
 #include "phases.h"
 #include "register_tile.h"
 #include "shapes.h"
@@ -44,6 +45,7 @@ inline constexpr int kComponents = kIn * kIn;  // matrix products
 /// an output and pair of channels, against a tile's 36, its transforms' and the filter's. The transforms'
 /// figures are measured times (450 and 400 cycles a tile and vector of channels, at 2 multiply-adds a cycle
 /// and lane): they are mostly loads and stores. MASKCORE_CONV=direct|winograd overrides, to compare the two.
+/// The direct convolution has float32 operands whatever the precision: it is for small work.
 inline bool use_winograd(const ConvShape& s) {
   const char* wanted = std::getenv("MASKCORE_CONV");
   if (wanted != nullptr && *wanted != '\0') {
@@ -161,16 +163,21 @@ inline MASKCORE_INLINE void transform_square(void (&transform)(const Vec (&)[Fro
 
 // ---- filters ---------------------------------------------------------------------------------
 
-/// The filters G g G^T as the products read them: [36][panels of columns][rows][kTileColumns], zero-padded in
-/// the columns. Forward the rows are input channels and the columns output channels; backward they are
-/// exchanged.
+/// The filters G g G^T as the products read them: [36][panel of columns][row / D][kTileColumns][D] with the D
+/// = kDepth of the operands, zero-padded in the columns and in the last D rows. Forward the rows are input
+/// channels and the columns output channels; backward they are exchanged.
 struct FilterShape {
   int64_t rows, columns;
   int64_t row_stride, column_stride;  // in the weight, floats
   int64_t panels = ceil_div(columns, kTileColumns);
-  int64_t component_floats = panels * rows * kTileColumns;
 
-  /// Room for the panels of any instruction set (vector.h): the widest has 32 columns.
+  /// Elements of a panel of a component.
+  template <class Operands>
+  int64_t panel_size() const {
+    return ceil_div(rows, Operands::kDepth) * kTileColumns * Operands::kDepth;
+  }
+  /// Floats that the panels of any instruction set (vector.h) and precision fit in: the widest has 32
+  /// columns.
   int64_t widest_floats() const { return kComponents * rows * ceil_div(columns, 32) * 32; }
 
   static FilterShape forward(int64_t K, int64_t C) {
@@ -181,23 +188,29 @@ struct FilterShape {
   }
 };
 
-inline void transform_filters(const float* weight, const FilterShape& f, float* out) {
-  torch::stable::parallel_for(0, f.panels * f.rows, 16, [=](int64_t begin, int64_t end) {
+template <class Operands>
+void transform_filters(const float* weight, const FilterShape& f, typename Operands::Element* out) {
+  constexpr int64_t kDepth = Operands::kDepth;
+  const int64_t groups = ceil_div(f.rows, kDepth), component = f.panels * f.panel_size<Operands>();
+  torch::stable::parallel_for(0, f.panels * groups, 16 / kDepth, [=](int64_t begin, int64_t end) {
     PhaseClock clock;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i / f.rows * kTileColumns;
-      const float* g = weight + i % f.rows * f.row_stride + first * f.column_stride;
+      const int64_t first = i / groups * kTileColumns, first_row = i % groups * kDepth;
       const int64_t lanes = std::min<int64_t>(kTileColumns, f.columns - first);
-      alignas(kVectorBytes) float taps[kTaps][kTileColumns] = {};
-      for (int64_t j = 0; j < lanes; ++j) {
-        for (int64_t tap = 0; tap < kTaps; ++tap) taps[tap][j] = g[j * f.column_stride + tap];
-      }
-      for (int j = 0; j < kTileColumns; j += kLanes) {
-        transform_square<3, kIn>(
-            transform_filter, [&](int r, int t) { return load(taps[3 * r + t] + j); },
-            [&](int r, int t, Vec u) {
-              store(out + (kIn * r + t) * f.component_floats + i * kTileColumns + j, u);
-            });
+      for (int64_t row = first_row; row < std::min(f.rows, first_row + kDepth); ++row) {
+        const float* g = weight + row * f.row_stride + first * f.column_stride;
+        alignas(kVectorBytes) float taps[kTaps][kTileColumns] = {};
+        for (int64_t j = 0; j < lanes; ++j) {
+          for (int64_t tap = 0; tap < kTaps; ++tap) taps[tap][j] = g[j * f.column_stride + tap];
+        }
+        for (int j = 0; j < kTileColumns; j += kLanes) {
+          transform_square<3, kIn>(
+              transform_filter, [&](int r, int t) { return load(taps[3 * r + t] + j); },
+              [&](int r, int t, Vec u) {
+                Operands::save_term(out + (kIn * r + t) * component + (i * kTileColumns + j) * kDepth,
+                                    row - first_row, u);
+              });
+        }
       }
     }
     clock.end(Phase::kFilterTransform);
@@ -205,9 +218,10 @@ inline void transform_filters(const float* weight, const FilterShape& f, float* 
 }
 
 /// In scratch memory.
-inline const float* transform_filters(const float* weight, const FilterShape& f) {
-  float* out = workspace(Purpose::kFilter, kComponents * f.component_floats);
-  transform_filters(weight, f, out);
+template <class Operands>
+const typename Operands::Element* transform_filters(const float* weight, const FilterShape& f) {
+  auto* out = reinterpret_cast<typename Operands::Element*>(workspace(Purpose::kFilter, f.widest_floats()));
+  transform_filters<Operands>(weight, f, out);
   return out;
 }
 
@@ -252,7 +266,8 @@ void for_each_grid_tile(const TileGrid& grid, int64_t begin, int64_t end, const 
   }
 }
 
-/// The components of up to `capacity` tiles: [36][panel of channels][tile][kTileColumns].
+/// The components of up to `capacity` tiles, each with room for [panel of channels][tile][kTileColumns]
+/// floats: the results of products, or operands, which begin their panels and may be shorter.
 struct TilePanels {
   int64_t channels, capacity;
   int64_t panels = ceil_div(channels, kTileColumns);
@@ -268,22 +283,56 @@ struct TilePanels {
   }
   /// Component 0 of a tile's channels from c on; c is a multiple of kLanes.
   float* channel(int64_t tile, int64_t c) const { return at(0, c / kTileColumns, tile) + c % kTileColumns; }
+
+  /// Operands from a tile on, in either order if the tile is a multiple of kDepth.
+  template <class Operands>
+  typename Operands::Element* operands(int64_t component, int64_t panel, int64_t tile) const {
+    return reinterpret_cast<typename Operands::Element*>(at(component, panel, 0)) + tile * kTileColumns;
+  }
+};
+
+/// Where the components of a tile's channels [c, c + kLanes) go as operands.
+template <class Operands, SumOver kSum>
+class OperandTile {
+ public:
+  OperandTile(const TilePanels& panels, int64_t tile, int64_t c) : term_(tile % Operands::kDepth) {
+    constexpr int64_t kDepth = Operands::kDepth;
+    const int64_t panel = c / kTileColumns, column = c % kTileColumns;
+    out_ = kSum == SumOver::kChannels
+               ? panels.operands<Operands>(0, panel, tile) + column
+               : panels.operands<Operands>(0, panel, tile / kDepth * kDepth) + column * kDepth;
+    component_ = panels.component_floats * static_cast<int64_t>(sizeof(float) / sizeof(*out_));
+  }
+  void save(int component, Vec v) const {
+    if constexpr (kSum == SumOver::kChannels) {
+      Operands::save(out_ + component * component_, v);
+    } else {
+      Operands::save_term(out_ + component * component_, term_, v);
+    }
+  }
+
+ private:
+  typename Operands::Element* out_;
+  int64_t component_, term_;
 };
 
 /// V of one tile, whose first input is at (h, w), which may be in the margin of zeros.
-template <class Source>
+template <class Operands, SumOver kSum, class Source>
 void load_input_tile(const Source& source, int64_t n, int64_t h, int64_t w, const TilePanels& v, int64_t at) {
   const bool inside = h >= 0 && w >= 0 && h + kIn <= source.H && w + kIn <= source.W;
   const auto transform = [&](const auto& load) {
     for_each_vector(source.C, [&](int64_t c, auto lanes) {
-      float* out = v.channel(at, c);
+      const OperandTile<Operands, kSum> out(v, at, c);
       transform_square<kIn, kIn>(
           transform_input, [&](int i, int j) { return load(h + i, w + j, c, lanes); },
-          [&](int i, int j, Vec value) { store(out + (kIn * i + j) * v.component_floats, value); });
+          [&](int i, int j, Vec value) { out.save(kIn * i + j, value); });
     });
   };
   if (inside) {
-    transform([&](int64_t y, int64_t x, int64_t c, auto lanes) { return source.load(n, y, x, c, lanes); });
+    transform([&](int64_t y, int64_t x, int64_t c, auto lanes) {
+      if (x >= w + kIn - kOut) source.prefetch(n, y, x + kOut, c);  // what the tile to the right adds
+      return source.load(n, y, x, c, lanes);
+    });
   } else {
     transform([&](int64_t y, int64_t x, int64_t c, auto lanes) {
       return y >= 0 && x >= 0 && y < source.H && x < source.W ? source.load(n, y, x, c, lanes) : Vec{};
@@ -292,13 +341,16 @@ void load_input_tile(const Source& source, int64_t n, int64_t h, int64_t w, cons
 }
 
 /// dM of one tile of the gradient; sum[c] += the gradient of the tile's outputs.
-template <class Gradient>
+template <class Operands, class Gradient>
 void load_gradient_tile(const Gradient& gradient, const Tile& tile, const TilePanels& m, int64_t at,
                         float* sum) {
   for_each_vector(gradient.C, [&](int64_t c, auto lanes) {
-    float* out = m.channel(at, c);
+    const OperandTile<Operands, SumOver::kChannels> out(m, at, c);
     Vec g[kOut][kOut];
     if (tile.whole()) {
+      for (int i = 0; i < kOut; ++i) {
+        for (int j = 0; j < kOut; ++j) gradient.prefetch(tile.n, tile.p + i, tile.q + kOut + j, c);
+      }
       load_square(gradient, tile.n, tile.p, tile.q, c, lanes, g);
     } else {
       for (int i = 0; i < kOut; ++i) {
@@ -315,7 +367,7 @@ void load_gradient_tile(const Gradient& gradient, const Tile& tile, const TilePa
           total += g[i][j];
           return g[i][j];
         },
-        [&](int i, int j, Vec value) { store(out + (kIn * i + j) * m.component_floats, value); });
+        [&](int i, int j, Vec value) { out.save(kIn * i + j, value); });
     store(sum + c, total, lanes);
   });
 }
@@ -335,13 +387,17 @@ inline int64_t block_count(const TileGrid& grid, int64_t C, int64_t K) {
 }
 
 /// m[i][:] = sum over c of v[i][c] u[c][:], an M x kTileColumns tile of a component's product.
-///   v, m  panels of kTileColumns channels; v's panels are v_panel floats apart
-template <int M>
-void multiply_tile(const float* v, int64_t v_panel, const float* u, int64_t C, float* m) {
+///   v  panels of kTileColumns channels, v_panel elements apart
+template <class Operands, int M>
+void multiply_tile(const typename Operands::Element* v, int64_t v_panel, const typename Operands::Element* u,
+                   int64_t C, float* m) {
+  constexpr int64_t kDepth = Operands::kDepth;
   Vec acc[M][kTileVectors] = {};
   for (int64_t c = 0; c < C; c += kTileColumns, v += v_panel) {
     const int64_t count = std::min<int64_t>(kTileColumns, C - c);
-    for (int64_t i = 0; i < count; ++i, u += kTileColumns) tile_step<M>(acc, v + i, kTileColumns, u);
+    for (int64_t i = 0; i < count; i += kDepth, u += kTileColumns * kDepth) {
+      Operands::template add_channels<M>(acc, v + i, kTileColumns, u);
+    }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
@@ -351,28 +407,31 @@ void multiply_tile(const float* v, int64_t v_panel, const float* u, int64_t C, f
 }
 
 /// The panels [first, last) of U (of `panels`) times one component of v: those of m from 0 on.
-inline void multiply_component(int64_t component, const TilePanels& v, const float* filter, int64_t panels,
-                               int64_t first, int64_t last, int64_t tiles, const TilePanels& m) {
+template <class Operands>
+void multiply_component(int64_t component, const TilePanels& v, const FilterShape& f,
+                        const typename Operands::Element* filter, int64_t first, int64_t last, int64_t tiles,
+                        const TilePanels& m) {
+  constexpr int64_t kElements = sizeof(float) / sizeof(typename Operands::Element);  // in a float's place
   for (int64_t panel = first; panel < last; ++panel) {
-    const float* u = filter + (component * panels + panel) * v.channels * kTileColumns;
+    const auto* u = filter + (component * f.panels + panel) * f.panel_size<Operands>();
     for_each_tile(tiles, [&]<int M>(int64_t i) {
-      multiply_tile<M>(v.at(component, 0, i), v.panel_floats, u, v.channels,
-                       m.at(component, panel - first, i));
+      multiply_tile<Operands, M>(v.operands<Operands>(component, 0, i), v.panel_floats * kElements, u,
+                                 v.channels, m.at(component, panel - first, i));
     });
   }
 }
 
 /// Computes the outputs of `grid`, the first rows and columns of the whole output.
 ///   source  the unpadded input
-///   filter  transform_filters(...)
+///   filter  transform_filters<Operands>(...)
 ///   sink    sink.save(block, tile, k, lanes, y): takes the 4x4 outputs of channels [k, k + lanes);
 ///           what is beyond the tile's height and width is meaningless
-template <class Source, class Sink>
-void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& source, const float* filter,
-                       const Sink& sink) {
+template <class Operands, class Source, class Sink>
+void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& source,
+                       const typename Operands::Element* filter, const Sink& sink) {
   const int64_t blocks = block_count(grid, s.C, s.K), block_tiles = ceil_div(grid.tiles, blocks);
-  const int64_t panels = ceil_div(s.K, kTileColumns);
-  const int64_t pass_panels = std::min<int64_t>(panels, kOutputChannels / kTileColumns);
+  const FilterShape f = FilterShape::forward(s.K, s.C);
+  const int64_t pass_panels = std::min<int64_t>(f.panels, kOutputChannels / kTileColumns);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first_block, int64_t last_block) {
     const TilePanels v(Purpose::kInputPanel, s.C, block_tiles);
     const TilePanels m(Purpose::kConvolved, pass_panels * kTileColumns, block_tiles);
@@ -380,13 +439,14 @@ void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& s
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t begin = block * grid.tiles / blocks, end = (block + 1) * grid.tiles / blocks;
       for_each_grid_tile(grid, begin, end, [&](const Tile& tile, int64_t i) {
-        load_input_tile(source, tile.n, tile.p - s.padding, tile.q - s.padding, v, i);
+        load_input_tile<Operands, SumOver::kChannels>(source, tile.n, tile.p - s.padding, tile.q - s.padding,
+                                                      v, i);
       });
       clock.end(Phase::kInputTransform);
-      for (int64_t first = 0; first < panels; first += pass_panels) {
-        const int64_t last = std::min(panels, first + pass_panels);
+      for (int64_t first = 0; first < f.panels; first += pass_panels) {
+        const int64_t last = std::min(f.panels, first + pass_panels);
         for (int64_t component = 0; component < kComponents; ++component) {
-          multiply_component(component, v, filter, panels, first, last, end - begin, m);
+          multiply_component<Operands>(component, v, f, filter, first, last, end - begin, m);
         }
         clock.end(Phase::kProducts);
         const int64_t k = first * kTileColumns, channels = std::min(s.K - k, m.channels);
@@ -443,11 +503,13 @@ inline constexpr int64_t kSumTiles = 128;
 inline constexpr int64_t kGroupTiles = 16;
 
 /// du[i][:] (+)= sum over tiles of v[tile][i] m[tile][:], an M x kTileColumns tile of a component of dU.
-/// Tiles are kTileColumns floats apart in both.
-template <int M>
-void multiply_weight_tile(const float* v, const float* m, int64_t tiles, bool add, float* du) {
+template <class Operands, int M>
+void multiply_weight_tile(const typename Operands::Element* v, const typename Operands::Element* m,
+                          int64_t tiles, bool add, float* du) {
   Vec acc[M][kTileVectors] = {};
-  for (int64_t i = 0; i < tiles; ++i) tile_step<M>(acc, v + i * kTileColumns, 1, m + i * kTileColumns);
+  for (int64_t i = 0; i < tiles; i += Operands::kDepth) {
+    Operands::template add_tiles<M>(acc, v + i * kTileColumns, m + i * kTileColumns, tiles - i);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
@@ -459,16 +521,19 @@ void multiply_weight_tile(const float* v, const float* m, int64_t tiles, bool ad
 }
 
 /// dU of one component: [panel of K][C][kTileColumns] (+)= the sums over tiles.
-inline void multiply_weight_component(int64_t component, const TilePanels& v, const TilePanels& m,
-                                      int64_t tiles, bool add, float* du) {
+template <class Operands>
+void multiply_weight_component(int64_t component, const TilePanels& v, const TilePanels& m, int64_t tiles,
+                               bool add, float* du) {
   for (int64_t panel = 0; panel < m.panels; ++panel, du += v.channels * kTileColumns) {
     for (int64_t tile = 0; tile < tiles; tile += kSumTiles) {
       const int64_t count = std::min(kSumTiles, tiles - tile);
       for (int64_t c_panel = 0; c_panel < v.panels; ++c_panel) {
         const int64_t c = c_panel * kTileColumns;
         for_each_tile(std::min<int64_t>(kTileColumns, v.channels - c), [&]<int M>(int64_t i) {
-          multiply_weight_tile<M>(v.at(component, c_panel, tile) + i, m.at(component, panel, tile), count,
-                                  add || tile > 0, du + (c + i) * kTileColumns);
+          multiply_weight_tile<Operands, M>(
+              v.operands<Operands>(component, c_panel, tile) + i * Operands::kDepth,
+              m.operands<Operands>(component, panel, tile), count, add || tile > 0,
+              du + (c + i) * kTileColumns);
         });
       }
     }
@@ -547,7 +612,7 @@ inline void transform_filter_gradients(const float* du, int64_t pieces, int64_t 
 
 /// The three gradients of a convolution. `Input` is the source of x, `Gradient` that of the gradient at its
 /// output.
-template <class Input, class Gradient>
+template <class Operands, class Input, class Gradient>
 class WinogradBackward {
  public:
   WinogradBackward(const ConvShape& s, const Input& input, const Gradient& gradient, const float* weight,
@@ -556,7 +621,7 @@ class WinogradBackward {
         input_(input),
         gradient_(gradient),
         dx_{.dx = dx, .H = s.H, .W = s.W, .C = s.C, .padding = s.padding} {
-    if (dx != nullptr) filter_ = transform_filters(weight, FilterShape::backward(s.K, s.C));
+    if (dx != nullptr) filter_ = transform_filters<Operands>(weight, filter_shape_);
   }
 
   /// dw [K,C,3,3]; db [K] if it is not null.
@@ -592,16 +657,20 @@ class WinogradBackward {
   void transform(int64_t begin, int64_t end, const TilePanels& v, const TilePanels& m, int64_t at,
                  float* sum) const {
     for_each_grid_tile(grid_, begin, end, [&](const Tile& tile, int64_t i) {
-      load_input_tile(input_, tile.n, tile.p - s_.padding, tile.q - s_.padding, v, at + i);
-      load_gradient_tile(gradient_, tile, m, at + i, sum);
+      load_input_tile<Operands, SumOver::kTiles>(input_, tile.n, tile.p - s_.padding, tile.q - s_.padding, v,
+                                                 at + i);
+      load_gradient_tile<Operands>(gradient_, tile, m, at + i, sum);
     });
   }
 
   /// One component's dU (+)= V dM, then its dV, in the place of V, which is not needed any more.
   void multiply(int64_t component, const TilePanels& v, const TilePanels& m, int64_t tiles, bool add,
                 float* du) const {
-    multiply_weight_component(component, v, m, tiles, add, du + component * (du_floats_ / kComponents));
-    if (filter_ != nullptr) multiply_component(component, m, filter_, v.panels, 0, v.panels, tiles, v);
+    multiply_weight_component<Operands>(component, v, m, tiles, add,
+                                        du + component * (du_floats_ / kComponents));
+    if (filter_ != nullptr) {
+      multiply_component<Operands>(component, m, filter_shape_, filter_, 0, v.panels, tiles, v);
+    }
   }
 
   void run_pieces(int64_t pieces) const {
@@ -681,9 +750,10 @@ class WinogradBackward {
   const Input input_;
   const Gradient gradient_;
   const InputGradient dx_;
-  const float* filter_ = nullptr;  // if dx is wanted
-  float* du_ = nullptr;            // [piece][36][panel of K][C][kTileColumns]
-  float* partial_db_ = nullptr;    // [piece or group of tiles][K]
+  const FilterShape filter_shape_ = FilterShape::backward(s_.K, s_.C);
+  const typename Operands::Element* filter_ = nullptr;  // if dx is wanted
+  float* du_ = nullptr;                                 // [piece][36][panel of K][C][kTileColumns]
+  float* partial_db_ = nullptr;                         // [piece or group of tiles][K]
 };
 
 }  // namespace maskcore

@@ -1,26 +1,31 @@
 // The table of contents: every operator's schema. Each backend file registers its implementations as
 // its last block; the Python side (maskcore/ops.py) adds shape inference and gradients.
-// Activations x, y, z, dy, dx are [N,H,W,C] float32; filters are [K,C,3,3].
+// Activations x, y, z, dy, dx are [N,H,W,C] float32; filters are [K,C,3,3]. precision is what the products of
+// a convolution may round their operands to (shapes.h).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(maskcore, m) {
-  m.def("transform_filter(Tensor weight) -> Tensor");
-  m.def("conv_relu(Tensor x, Tensor weight, Tensor bias, int padding, Tensor? transformed=None) -> Tensor");
+  m.def("transform_filter(Tensor weight, str precision=\"ieee\") -> Tensor");
   m.def(
-      "_conv_relu_backward(Tensor dy, Tensor x, Tensor weight, Tensor y, int padding, bool need_dx)"
+      "conv_relu(Tensor x, Tensor weight, Tensor bias, int padding, Tensor? transformed=None,"
+      " str precision=\"ieee\") -> Tensor");
+  m.def(
+      "_conv_relu_backward(Tensor dy, Tensor x, Tensor weight, Tensor y, int padding, str precision,"
+      " bool need_dx)"
       " -> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def(
-      "conv_relu_max_pool(Tensor x, Tensor weight, Tensor bias, int padding, Tensor? transformed=None)"
+      "conv_relu_max_pool(Tensor x, Tensor weight, Tensor bias, int padding, Tensor? transformed=None,"
+      " str precision=\"ieee\")"
       " -> (Tensor y, Tensor argmax)");
   m.def(
       "_conv_relu_max_pool_backward(Tensor dy, Tensor x, Tensor weight, Tensor y, Tensor argmax, int padding,"
-      " bool need_dx) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+      " str precision, bool need_dx) -> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def(
       "conv_bn_relu_train(Tensor x, Tensor weight, Tensor bias, Tensor gamma, Tensor beta, float eps,"
-      " int padding) -> (Tensor y, Tensor z, Tensor mean, Tensor var)");
+      " int padding, str precision=\"ieee\") -> (Tensor y, Tensor z, Tensor mean, Tensor var)");
   m.def(
       "_conv_bn_relu_train_backward(Tensor dy, Tensor x, Tensor weight, Tensor z, Tensor gamma, Tensor beta,"
-      " Tensor mean, Tensor var, float eps, int padding, bool need_dx)"
+      " Tensor mean, Tensor var, float eps, int padding, str precision, bool need_dx)"
       " -> (Tensor dx, Tensor dweight, Tensor dgamma, Tensor dbeta)");
   m.def("max_pool(Tensor x) -> (Tensor y, Tensor argmax)");
   m.def("_max_pool_backward(Tensor dy, Tensor argmax, int H, int W) -> Tensor");

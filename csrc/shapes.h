@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <string>
 
 namespace maskcore {
 
@@ -33,6 +34,17 @@ inline void check_tensor(const Tensor& tensor, const char* name, std::initialize
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " must be ",
                   dtype == ScalarType::Float ? "float32" : (dtype == ScalarType::Byte ? "uint8" : "int64"));
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+/// What a convolution of float32 tensors may round the operands of its products to; sums are float32.
+enum class Precision : std::uint8_t { kFloat32, kTensorFloat32, kBfloat16 };
+
+/// The names are those of torch.backends' fp32_precision.
+inline Precision parse_precision(const std::string& name) {
+  if (name == "ieee") return Precision::kFloat32;
+  if (name == "tf32") return Precision::kTensorFloat32;
+  STD_TORCH_CHECK(name == "bf16", "precision must be ieee, tf32 or bf16, is ", name);
+  return Precision::kBfloat16;
 }
 
 /// A 3x3 stride-1 convolution: P = H + 2 padding - 2, Q = W + 2 padding - 2.

@@ -1,6 +1,7 @@
 // Where a convolution's operands come from. A source gives the vector of channels [c, c + lanes) of one
 // pixel; what it computes on the way (ReLU mask, max-pool expansion, batch-norm gradient) is thus fused
-// into the load and never stored as a tensor.
+// into the load and never stored as a tensor. It can also ask for a pixel's cache lines ahead of time: the
+// strides of a tile's rows and pixels are beyond what processors foresee.
 #pragma once
 
 #include <algorithm>
@@ -23,6 +24,9 @@ struct Activation {
   Vec load(int64_t n, int64_t h, int64_t w, int64_t c, int64_t lanes) const {
     return maskcore::load(row(n, h) + w * C + c, lanes);
   }
+  void prefetch(int64_t n, int64_t h, int64_t w, int64_t c) const {
+    __builtin_prefetch(row(n, h) + w * C + c);
+  }
 };
 
 /// The gradient in front of a ReLU whose output is y.
@@ -34,6 +38,11 @@ struct ReluGradient {
   Vec load(int64_t n, int64_t h, int64_t w, int64_t c, int64_t lanes) const {
     const int64_t i = ((n * H + h) * W + w) * C + c;
     return relu_gradient(maskcore::load(dy + i, lanes), maskcore::load(y + i, lanes));
+  }
+  void prefetch(int64_t n, int64_t h, int64_t w, int64_t c) const {
+    const int64_t i = ((n * H + h) * W + w) * C + c;
+    __builtin_prefetch(dy + i);
+    __builtin_prefetch(y + i);
   }
 };
 
@@ -50,6 +59,13 @@ struct PooledReluGradient {
     const int64_t i = ((n * P + p) * Q + q) * C + c;
     const Vec g = relu_gradient(maskcore::load(dy + i, lanes), maskcore::load(y + i, lanes));
     return load_bytes(argmax + i, lanes) == static_cast<int32_t>((h & 1) * 2 + (w & 1)) ? g : Vec{};
+  }
+  void prefetch(int64_t n, int64_t h, int64_t w, int64_t c) const {
+    if ((h | w) & 1) return;  // a window's pixels share their lines
+    const int64_t i = ((n * (H / 2) + h / 2) * (W / 2) + w / 2) * C + c;
+    __builtin_prefetch(dy + i);
+    __builtin_prefetch(y + i);
+    __builtin_prefetch(argmax + i);
   }
 };
 
@@ -72,6 +88,11 @@ struct BatchNormReluGradient {
     const Vec centred = g - maskcore::load(mean_g + c, lanes) -
                         (z_c - maskcore::load(mean + c, lanes)) * maskcore::load(slope + c, lanes);
     return a * centred;
+  }
+  void prefetch(int64_t n, int64_t h, int64_t w, int64_t c) const {
+    const int64_t i = ((n * H + h) * W + w) * C + c;
+    __builtin_prefetch(dy + i);
+    __builtin_prefetch(z + i);
   }
 };
 

@@ -109,7 +109,7 @@ def _evaluate(namespace: argparse.Namespace) -> int:
     with Progress("evaluating", len(pictures)) as progress:
         outcomes = []
         for outcome in classify(
-            models.for_inference(network.to(device)),
+            models.for_inference(network.to(device), namespace.precision),
             meta.preprocess,
             (picture.path for picture in pictures),
             batch_size=namespace.batch_size,

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from maskcore import nn
+from maskcore import nn, ops
 from maskcore.errors import UserError
 
 
@@ -109,14 +109,20 @@ class Network(torch.nn.Module):
         UserError: there is no such model, or ``image_size`` or ``num_classes`` does not fit it.
     """
 
-    def __init__(self, name: str, num_classes: int = 3, image_size: int = 256) -> None:
+    def __init__(
+        self,
+        name: str,
+        num_classes: int = 3,
+        image_size: int = 256,
+        precision: ops.Precision = "ieee",
+    ) -> None:
         super().__init__()
         self.layers = place(name, num_classes, image_size)
         self.name = name
         self.num_classes = num_classes
         self.image_size = image_size
         for key, layer, shape, _ in self.layers:
-            self.add_module(key, _module(layer, shape))
+            self.add_module(key, _module(layer, shape, precision))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.children():
@@ -159,26 +165,34 @@ class Network(torch.nn.Module):
         return rows
 
 
-def create(name: str, num_classes: int = 3, image_size: int = 256, *, seed: int | None = None) -> Network:
+def create(
+    name: str,
+    num_classes: int = 3,
+    image_size: int = 256,
+    *,
+    precision: ops.Precision = "ieee",
+    seed: int | None = None,
+) -> Network:
     """A new :class:`Network` with glorot-uniform weights and zero biases.
 
-    ``seed`` fixes the weights whatever state torch's global generator is in; None draws from that generator.
+    ``precision`` is that of the convolutions' products: see :func:`maskcore.ops.conv_relu`. ``seed`` fixes the
+    weights whatever state torch's global generator is in; None draws from that generator.
     """
-    network = Network(name, num_classes, image_size)
+    network = Network(name, num_classes, image_size, precision)
     if seed is not None:
         network.reset_parameters(torch.Generator().manual_seed(seed))
     return network
 
 
-def for_inference(network: Network) -> torch.nn.Sequential:
+def for_inference(network: Network, precision: ops.Precision | None = None) -> torch.nn.Sequential:
     """What a network computes in evaluation mode, as a snapshot that is faster to call: see
     :class:`maskcore.nn.InferenceConv`. Input and output as for :class:`Network`; later changes of the network do
-    not reach it.
+    not reach it. ``precision`` is that of the convolutions' products, by default the network's own.
     """
     layers: OrderedDict[str, torch.nn.Module] = OrderedDict()
     for name, layer in network.named_children():
         if isinstance(layer, nn.ConvReLU | nn.ConvBNReLU):
-            layers[name] = nn.InferenceConv(layer)
+            layers[name] = nn.InferenceConv(layer, precision)
         elif not isinstance(layer, nn.Dropout):
             layers[name] = copy.deepcopy(layer).requires_grad_(False)
     return torch.nn.Sequential(layers).eval()
@@ -233,12 +247,12 @@ def _output_shape(layer: Layer, shape: Shape) -> Shape:
             return shape
 
 
-def _module(layer: Layer, shape: Shape) -> torch.nn.Module:
+def _module(layer: Layer, shape: Shape, precision: ops.Precision) -> torch.nn.Module:
     match layer:
         case Conv(bn=True, pool=False):
-            return nn.ConvBNReLU(shape[-1], layer.channels, layer.padding)
+            return nn.ConvBNReLU(shape[-1], layer.channels, layer.padding, precision=precision)
         case Conv(bn=False):
-            return nn.ConvReLU(shape[-1], layer.channels, layer.padding, pool=layer.pool)
+            return nn.ConvReLU(shape[-1], layer.channels, layer.padding, layer.pool, precision)
         case Flatten():
             return nn.Flatten()
         case Dense():

@@ -9,7 +9,7 @@ process normalises with the statistics of its own batch.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -47,36 +47,49 @@ class _Weighted(torch.nn.Module):
 
 
 class _Conv(_Weighted):
-    """A 3x3 stride-1 convolution's parameters."""
+    """A 3x3 stride-1 convolution's parameters, and the precision of its products."""
 
-    def __init__(self, in_channels: int, out_channels: int, padding: int = 0) -> None:
+    precision: ops.Precision
+
+    def __init__(self, in_channels: int, out_channels: int, padding: int, precision: ops.Precision) -> None:
         super().__init__()
         if padding not in (0, 1):
             raise ValueError(f"padding must be 0 (valid) or 1 (same), is {padding!r}")
+        if precision not in get_args(ops.Precision):
+            raise ValueError(f"precision must be ieee, tf32 or bf16, is {precision!r}")
         self._create(out_channels, in_channels, 3, 3)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.padding = padding
+        self.precision = precision
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, padding={self.padding}"
+        sizes = f"{self.in_channels}, {self.out_channels}, padding={self.padding}"
+        return sizes if self.precision == "ieee" else f"{sizes}, precision={self.precision}"
 
 
 class ConvReLU(_Conv):
     """3x3 convolution and ReLU; with ``pool`` a 2x2 max-pool is fused behind them.
 
     x ``[N, in_channels, H, W]`` -> ``[N, out_channels, P, Q]`` with P = H + 2 padding - 2 (half of it, rounded
-    down, with ``pool``).
+    down, with ``pool``). ``precision`` is that of :func:`maskcore.ops.conv_relu`, in both directions.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, padding: int = 0, pool: bool = False) -> None:
-        super().__init__(in_channels, out_channels, padding)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        padding: int = 0,
+        pool: bool = False,
+        precision: ops.Precision = "ieee",
+    ) -> None:
+        super().__init__(in_channels, out_channels, padding, precision)
         self.pool = pool
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         convolve = ops.conv_relu_max_pool if self.pool else ops.conv_relu
-        return convolve(x, self.weight, self.bias, self.padding)
+        return convolve(x, self.weight, self.bias, self.padding, precision=self.precision)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pool={self.pool}"
@@ -95,6 +108,7 @@ class ConvBNReLU(_Conv):
         momentum: decay of the running statistics.
         moving_variance: what the running variance averages: ``"unbiased"`` (M / (M - 1) times the batch's,
             as the fused kernel of tf.keras 2 and PyTorch have it) or ``"biased"`` (Keras 3).
+        precision: of the convolution's products: see :func:`maskcore.ops.conv_relu`.
     """
 
     running_mean: Tensor
@@ -108,8 +122,9 @@ class ConvBNReLU(_Conv):
         eps: float = 1e-3,
         momentum: float = 0.99,
         moving_variance: Literal["unbiased", "biased"] = "unbiased",
+        precision: ops.Precision = "ieee",
     ) -> None:
-        super().__init__(in_channels, out_channels, padding)
+        super().__init__(in_channels, out_channels, padding, precision)
         if moving_variance not in ("unbiased", "biased"):
             raise ValueError(f"moving_variance must be 'unbiased' or 'biased', is {moving_variance!r}")
         self.eps = eps
@@ -134,8 +149,9 @@ class ConvBNReLU(_Conv):
     def forward(self, x: Tensor) -> Tensor:
         affine = (self.weight, self.bias, self.gamma, self.beta)
         if not self.training:
-            return ops.conv_bn_relu(x, *affine, self.running_mean, self.running_var, self.eps, self.padding)
-        y, mean, var = ops.conv_bn_relu_train(x, *affine, self.eps, self.padding)
+            statistics = self.running_mean, self.running_var
+            return ops.conv_bn_relu(x, *affine, *statistics, self.eps, self.padding, self.precision)
+        y, mean, var = ops.conv_bn_relu_train(x, *affine, self.eps, self.padding, self.precision)
         self._follow(mean, var, y.shape[0] * y.shape[2] * y.shape[3])
         return y
 
@@ -155,6 +171,7 @@ class InferenceConv(torch.nn.Module):
 
     The batch normalisation is folded into the filter and the filter is transformed, once instead of in every
     call. Later changes of the layer that it was made from do not reach it, and it has no parameters.
+    ``precision`` is that of the products, by default the layer's own.
     """
 
     weight: Tensor
@@ -162,22 +179,24 @@ class InferenceConv(torch.nn.Module):
     transformed: Tensor | None
 
     @torch.no_grad()
-    def __init__(self, layer: ConvReLU | ConvBNReLU) -> None:
+    def __init__(self, layer: ConvReLU | ConvBNReLU, precision: ops.Precision | None = None) -> None:
         super().__init__()
         weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
         if isinstance(layer, ConvBNReLU):
             statistics = layer.running_mean, layer.running_var
             weight, bias = ops.fold_batch_norm(weight, bias, layer.gamma, layer.beta, *statistics, layer.eps)
         self.padding = layer.padding
+        self.precision = precision or layer.precision
         self.pool = isinstance(layer, ConvReLU) and layer.pool
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
-        transformed = ops.transform_filter(weight) if weight.device.type == "cpu" else None
+        on_cpu = weight.device.type == "cpu"
+        transformed = ops.transform_filter(weight, self.precision) if on_cpu else None
         self.register_buffer("transformed", transformed, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         convolve = ops.conv_relu_max_pool if self.pool else ops.conv_relu
-        return convolve(x, self.weight, self.bias, self.padding, self.transformed)
+        return convolve(x, self.weight, self.bias, self.padding, self.transformed, self.precision)
 
     def extra_repr(self) -> str:
         K, C = self.weight.shape[:2]

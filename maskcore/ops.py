@@ -9,7 +9,7 @@ works in any floating dtype and on any device, and is what the tests hold the ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from maskcore import _library
+
+#: What the products of a convolution may round their float32 operands to (sums are float32 in any case), by the
+#: names of ``torch.backends``' ``fp32_precision``: nothing, TensorFloat-32 or bfloat16. A processor that is not
+#: faster for it computes more precisely.
+Precision = Literal["ieee", "tf32", "bf16"]
 
 _library.load()
 
@@ -55,23 +60,28 @@ def _output_size(H: int, W: int, padding: int) -> tuple[int, int]:
 # ---- conv_relu -----------------------------------------------------------------------------------
 
 
-def transform_filter(weight: Tensor) -> Tensor:
+def transform_filter(weight: Tensor, precision: Precision = "ieee") -> Tensor:
     """The filters in the Winograd domain, to be given to :func:`conv_relu` again and again.
 
-    weight ``[K, C, 3, 3]`` float32 -> an opaque tensor of 4 times the size, for this processor's kernels only:
-    not to be stored.
+    weight ``[K, C, 3, 3]`` float32 -> an opaque tensor of 4 times the size, for this processor's kernels and this
+    precision only: not to be stored.
     """
-    return _ops.transform_filter(weight.contiguous())
+    return _ops.transform_filter(weight.contiguous(), precision)
 
 
 @_fake("maskcore::transform_filter")
-def _(weight: Tensor) -> Tensor:
+def _(weight: Tensor, precision: str = "ieee") -> Tensor:
     K, C = weight.shape[:2]
     return weight.new_empty(36 * C * ((K + 31) // 32 * 32))
 
 
 def conv_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0, transformed: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding: int = 0,
+    transformed: Tensor | None = None,
+    precision: Precision = "ieee",
 ) -> Tensor:
     """3x3 stride-1 convolution, bias and ReLU in one pass.
 
@@ -84,7 +94,10 @@ def conv_relu(
         weight: ``[K, C, 3, 3]``, as ``torch.nn.Conv2d`` keeps it.
         bias: ``[K]``.
         padding: 0 (Keras' ``valid``) or 1 (``same``), filled with zeros.
-        transformed: :func:`transform_filter` of this weight, where it is at hand (not differentiable).
+        transformed: :func:`transform_filter` of this weight and precision, where it is at hand (not
+            differentiable).
+        precision: what the products may round their operands to; with ``"bf16"`` the error is about 1e-2 of
+            the result.
 
     Returns:
         ``[N, K, H + 2 padding - 2, W + 2 padding - 2]``, channels_last. NaN stays NaN.
@@ -94,7 +107,7 @@ def conv_relu(
     """
     _check_image(x)
     _check_devices("x", x.device, weight=weight, bias=bias)
-    return _nchw(_ops.conv_relu(_nhwc(x), weight.contiguous(), bias, padding, transformed))
+    return _nchw(_ops.conv_relu(_nhwc(x), weight.contiguous(), bias, padding, transformed, precision))
 
 
 def conv_relu_reference(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tensor:
@@ -102,14 +115,21 @@ def conv_relu_reference(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 
 
 
 @_fake("maskcore::conv_relu")
-def _(x: Tensor, weight: Tensor, bias: Tensor, padding: int, transformed: Tensor | None = None) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding: int,
+    transformed: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
     P, Q = _output_size(x.shape[1], x.shape[2], padding)
     return x.new_empty(x.shape[0], P, Q, weight.shape[0])
 
 
 @_fake("maskcore::_conv_relu_backward")
 def _(
-    dy: Tensor, x: Tensor, weight: Tensor, y: Tensor, padding: int, need_dx: bool
+    dy: Tensor, x: Tensor, weight: Tensor, y: Tensor, padding: int, precision: str, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_conv_gradients(x, weight, need_dx)
 
@@ -120,7 +140,7 @@ def _fake_conv_gradients(x: Tensor, weight: Tensor, need_dx: bool) -> tuple[Tens
 
 
 def _conv_relu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.padding, _ = inputs
+    x, weight, _, ctx.padding, _, ctx.precision = inputs
     ctx.save_for_backward(x, weight, output)
 
 
@@ -128,8 +148,10 @@ def _conv_relu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _conv_relu_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     need_dx = ctx.needs_input_grad[0]
-    dx, dweight, dbias = _ops._conv_relu_backward(dy.contiguous(), x, weight, y, ctx.padding, need_dx)
-    return dx if need_dx else None, dweight, dbias, None, None
+    dx, dweight, dbias = _ops._conv_relu_backward(
+        dy.contiguous(), x, weight, y, ctx.padding, ctx.precision, need_dx
+    )
+    return dx if need_dx else None, dweight, dbias, None, None, None
 
 
 _autograd("maskcore::conv_relu", _conv_relu_backward, setup_context=_conv_relu_setup)
@@ -139,7 +161,12 @@ _autograd("maskcore::conv_relu", _conv_relu_backward, setup_context=_conv_relu_s
 
 
 def conv_relu_max_pool(
-    x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0, transformed: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding: int = 0,
+    transformed: Tensor | None = None,
+    precision: Precision = "ieee",
 ) -> Tensor:
     """:func:`conv_relu` followed by :func:`max_pool`; the full-size image is never stored.
 
@@ -148,7 +175,7 @@ def conv_relu_max_pool(
     """
     _check_image(x)
     _check_devices("x", x.device, weight=weight, bias=bias)
-    y, _ = _ops.conv_relu_max_pool(_nhwc(x), weight.contiguous(), bias, padding, transformed)
+    y, _ = _ops.conv_relu_max_pool(_nhwc(x), weight.contiguous(), bias, padding, transformed, precision)
     return _nchw(y)
 
 
@@ -158,7 +185,12 @@ def conv_relu_max_pool_reference(x: Tensor, weight: Tensor, bias: Tensor, paddin
 
 @_fake("maskcore::conv_relu_max_pool")
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor, padding: int, transformed: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding: int,
+    transformed: Tensor | None = None,
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     P, Q = _output_size(x.shape[1], x.shape[2], padding)
     y = x.new_empty(x.shape[0], P // 2, Q // 2, weight.shape[0])
@@ -173,13 +205,14 @@ def _(
     y: Tensor,
     argmax: Tensor,
     padding: int,
+    precision: str,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_conv_gradients(x, weight, need_dx)
 
 
 def _conv_relu_max_pool_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, ctx.padding, _ = inputs
+    x, weight, _, ctx.padding, _, ctx.precision = inputs
     y, argmax = output
     ctx.mark_non_differentiable(argmax)
     ctx.set_materialize_grads(False)  # else zeros are written for argmax
@@ -191,9 +224,9 @@ def _conv_relu_max_pool_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tenso
     x, weight, y, argmax = ctx.saved_tensors
     need_dx = ctx.needs_input_grad[0]
     dx, dweight, dbias = _ops._conv_relu_max_pool_backward(
-        dy.contiguous(), x, weight, y, argmax, ctx.padding, need_dx
+        dy.contiguous(), x, weight, y, argmax, ctx.padding, ctx.precision, need_dx
     )
-    return dx if need_dx else None, dweight, dbias, None, None
+    return dx if need_dx else None, dweight, dbias, None, None, None
 
 
 _autograd(
@@ -216,6 +249,7 @@ def conv_bn_relu(
     var: Tensor,
     eps: float = 1e-3,
     padding: int = 0,
+    precision: Precision = "ieee",
 ) -> Tensor:
     """Convolution, batch normalisation with given statistics, ReLU: the inference form.
 
@@ -223,7 +257,7 @@ def conv_bn_relu(
     ``scale = gamma / sqrt(var + eps)``, ``weight' = scale weight``, ``bias' = beta + scale (bias - mean)``.
 
     Args:
-        x, weight, bias, padding: as for :func:`conv_relu`.
+        x, weight, bias, padding, precision: as for :func:`conv_relu`.
         gamma, beta, mean, var: ``[K]``.
         eps: added to the variance; 1e-3 is Keras' default.
     """
@@ -237,7 +271,8 @@ def conv_bn_relu(
             raise TypeError(f"{name} must be float32, is {vector.dtype}")
     if weight.dim() != 4:
         raise ValueError(f"weight must have 4 dimensions, has {weight.dim()}")
-    return conv_relu(x, *fold_batch_norm(weight, bias, gamma, beta, mean, var, eps), padding)
+    folded = fold_batch_norm(weight, bias, gamma, beta, mean, var, eps)
+    return conv_relu(x, *folded, padding, precision=precision)
 
 
 def fold_batch_norm(
@@ -274,6 +309,7 @@ def conv_bn_relu_train(
     beta: Tensor,
     eps: float = 1e-3,
     padding: int = 0,
+    precision: Precision = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Convolution, batch normalisation with the batch's own statistics, ReLU: the training form.
 
@@ -284,7 +320,9 @@ def conv_bn_relu_train(
     """
     _check_image(x)
     _check_devices("x", x.device, weight=weight, bias=bias, gamma=gamma, beta=beta)
-    y, _, mean, var = _ops.conv_bn_relu_train(_nhwc(x), weight.contiguous(), bias, gamma, beta, eps, padding)
+    y, _, mean, var = _ops.conv_bn_relu_train(
+        _nhwc(x), weight.contiguous(), bias, gamma, beta, eps, padding, precision
+    )
     return _nchw(y), mean, var
 
 
@@ -305,7 +343,14 @@ def conv_bn_relu_train_reference(
 
 @_fake("maskcore::conv_bn_relu_train")
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, eps: float, padding: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    padding: int,
+    precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     P, Q = _output_size(x.shape[1], x.shape[2], padding)
     y = x.new_empty(x.shape[0], P, Q, weight.shape[0])
@@ -324,6 +369,7 @@ def _(
     var: Tensor,
     eps: float,
     padding: int,
+    precision: str,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, dweight, dchannel = _fake_conv_gradients(x, weight, need_dx)
@@ -333,7 +379,7 @@ def _(
 def _conv_bn_relu_train_setup(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> None:
-    x, weight, bias, gamma, beta, ctx.eps, ctx.padding = inputs
+    x, weight, bias, gamma, beta, ctx.eps, ctx.padding, ctx.precision = inputs
     _, z, mean, var = output
     ctx.mark_non_differentiable(z, mean, var)
     ctx.set_materialize_grads(False)  # else zeros are written for z, the largest tensor of all
@@ -345,10 +391,10 @@ def _conv_bn_relu_train_backward(ctx: Any, dy: Tensor, *_statistics: Tensor) -> 
     x, weight, bias, z, gamma, beta, mean, var = ctx.saved_tensors
     need_dx = ctx.needs_input_grad[0]
     dx, dweight, dgamma, dbeta = _ops._conv_bn_relu_train_backward(
-        dy.contiguous(), x, weight, z, gamma, beta, mean, var, ctx.eps, ctx.padding, need_dx
+        dy.contiguous(), x, weight, z, gamma, beta, mean, var, ctx.eps, ctx.padding, ctx.precision, need_dx
     )
     dbias = torch.zeros_like(bias)
-    return dx if need_dx else None, dweight, dbias, dgamma, dbeta, None, None
+    return dx if need_dx else None, dweight, dbias, dgamma, dbeta, None, None, None
 
 
 _autograd(

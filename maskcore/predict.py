@@ -141,7 +141,7 @@ def _predict(namespace: argparse.Namespace) -> int:
     to_screen = namespace.csv is None and namespace.json is None
     with Progress("predicting", len(named)) as progress:
         outcomes = classify(
-            models.for_inference(network.to(device)),
+            models.for_inference(network.to(device), namespace.precision),
             meta.preprocess,
             (path for _, path in named),
             batch_size=namespace.batch_size,

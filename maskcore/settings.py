@@ -155,6 +155,13 @@ class Config:
         "network and optimiser",
         low=0,
     )
+    precision: Literal["ieee", "tf32", "bf16"] = _setting(
+        "ieee",
+        "what the convolutions' products may round their operands to: ieee nothing (float32), tf32 what a GPU's "
+        "TensorFloat-32 keeps, bf16 bfloat16, which processors with AVX-512 BF16 multiply twice as fast; a "
+        "processor that is not faster for it computes more precisely",
+        "network and optimiser",
+    )
     seed: int = _setting(
         0,
         "fixes the split, the initial weights, the order, the augmentation and dropout",

@@ -383,7 +383,9 @@ def make_network(
     config: Config, classes: int, device: torch.device
 ) -> tuple[models.Network, torch.optim.Optimizer]:
     """A new network and its optimizer, by the run's settings."""
-    network = models.create(config.model, classes, config.image_size, seed=config.seed).to(device)
+    network = models.create(
+        config.model, classes, config.image_size, precision=config.precision, seed=config.seed
+    ).to(device)
     return network, optim.Adam(network.parameter_groups(config.l2), lr=config.lr)
 
 

@@ -12,6 +12,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -211,7 +212,7 @@ def batch(network: models.Network, N: int) -> tuple[Tensor, Tensor]:
     return x.contiguous(memory_format=torch.channels_last), torch.randint(0, network.num_classes, (N,))
 
 
-def created(name: str, **changed: int) -> models.Network:
+def created(name: str, **changed: Any) -> models.Network:
     """A small network, with biases and batch-normalisation parameters that are not the trivial ones."""
     network = models.create(name, **{"image_size": SIZE[name], "seed": 3, **changed})
     with torch.no_grad():
@@ -397,12 +398,13 @@ def test_ten_steps_of_training(name: str, algorithm: str, as_exact_as_torch: Cal
                 as_exact_as_torch(wrong, *moved[1:], name=f"wrong {key}", **limits)
 
 
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_threads_change_no_bit_of_a_training_step(name: str) -> None:
+def test_threads_change_no_bit_of_a_training_step(name: str, precision: ops.Precision) -> None:
     def trained(threads: int) -> dict[str, Tensor]:
         torch.set_num_threads(threads)
         torch.manual_seed(1)  # weights, pictures and dropout
-        network = created(name).train()
+        network = created(name, precision=precision).train()
         optimizer = Adam(network.parameter_groups(L2), lr=LR)
         for _ in range(2):
             x, target = batch(network, 3)
