@@ -289,6 +289,16 @@ def test_bank_conflicts_of_ldmatrix(instructions: Kernels, pitch: int, wavefront
     assert cost(traffic, "= make_float4(") == ("shared", "writes", 1, wavefronts, 4)
 
 
+def test_only_some_blocks_on_more_than_2_to_the_31_elements(instructions: Kernels) -> None:
+    """The last block of 2^25 + 1 copies the last 64 of 2^31 + 64 elements, and no memory is used but theirs."""
+    blocks = 2**25 + 1
+    x = cuda_emulator.sparse((blocks * 64,), "float32")
+    y = cuda_emulator.sparse((blocks * 64,), "float32")
+    x[-64:] = np.arange(64)
+    instructions.run("launch_copy", x, Output(y), blocks, only_blocks=[0, blocks - 1])
+    np.testing.assert_array_equal(y[-64:], np.arange(64))
+
+
 # Detectors. ---------------------------------------------------------------------------------------------------
 
 RACE_OR_NEVER_WRITTEN = "race: (reads|writes) .* with no barrier between|which nothing has written"

@@ -13,6 +13,8 @@ import ctypes
 import functools
 import hashlib
 import itertools
+import math
+import mmap
 import os
 import re
 import shutil
@@ -216,6 +218,14 @@ def _build(sources: tuple[Path, ...], changes: tuple[Replacement, ...]) -> Kerne
     return Kernels(_link(sources[0].stem, objects, [runtime]), runtime)
 
 
+def sparse(shape: Sequence[int], dtype: str) -> np.ndarray:
+    """Zeros, of which only those that are touched take memory."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    no_reserve = 0x4000  # mmap.MAP_NORESERVE of Linux, which Python has from 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype).reshape(shape)
+
+
 def address_of(memory: Memory) -> int:
     """The pointer, for a struct that a launcher takes."""
     return memory.data_ptr() if isinstance(memory, torch.Tensor) else memory.ctypes.data
@@ -254,7 +264,8 @@ class Tensor:
 class GlobalTensors:
     """The global memory of one call, by address."""
 
-    def __init__(self) -> None:
+    def __init__(self, poisoned: bool) -> None:
+        self.poisoned = poisoned
         self.at: dict[int, Tensor] = {}
 
     def add(self, name: str, argument: GlobalMemory, read_only: bool = False) -> int:
@@ -272,7 +283,7 @@ class GlobalTensors:
         if size == 0:
             return address
         fresh = isinstance(argument, (Output, Workspace))
-        if fresh:
+        if fresh and self.poisoned:
             ctypes.memset(address, 0xFF, size)
         read_only = read_only or isinstance(argument, Input)
         tensor = Tensor(name, size, element, not fresh, read_only, isinstance(argument, Output))
@@ -331,15 +342,19 @@ class Kernels:
         seed: int = 0,
         shared_limit: int = 227 * 1024,
         count_traffic: bool = False,
+        only_blocks: Sequence[int] = (),
     ) -> list[Traffic]:
         """Calls the launcher with tensors in the pointers' places; the stream, its last parameter, is added.
 
         A tensor may be read and, where the parameter is no pointer to const, written. ``beside`` are the tensors
         that the structs among the arguments point to. Raises Fault if the emulator finds something wrong, and
         LaunchError if the launcher returns an error by itself. Returns the traffic where it is to be counted.
+
+        ``only_blocks``, counted along the grid, leaves out all others: so a tensor may be too large for this
+        machine's memory (``sparse``), and its outputs need not be whole.
         """
         launcher = self._choose(name, len(arguments))
-        tensors = GlobalTensors()
+        tensors = GlobalTensors(poisoned=not only_blocks)
         for called, memory in (beside or {}).items():
             tensors.add(called, memory)
         values: list[object] = []
@@ -361,6 +376,8 @@ class Kernels:
         self.emulator.cuda_emulator_set_order(ORDERS.index(order), seed)
         self.emulator.cuda_emulator_set_shared_limit(shared_limit)
         self.emulator.cuda_emulator_count_traffic(int(count_traffic))
+        chosen = (ctypes.c_uint64 * len(only_blocks))(*only_blocks)
+        self.emulator.cuda_emulator_set_only_blocks(chosen, ctypes.c_size_t(len(only_blocks)))
         self.emulator.cuda_emulator_forget_tensors()
         for address, tensor in tensors.at.items():
             granule_log2 = tensor.element.bit_length() - 1
@@ -379,7 +396,8 @@ class Kernels:
         if error != 0:
             raise LaunchError(f"{name} returned cudaError_t {error}")
         for i, tensor in enumerate(tensors.at.values()):
-            element = self.emulator.cuda_emulator_first_unwritten(i) if tensor.is_output else -1
+            whole = tensor.is_output and not only_blocks
+            element = self.emulator.cuda_emulator_first_unwritten(i) if whole else -1
             if element >= 0:
                 raise Fault(f"{name}: nothing wrote element {element} of {tensor.name}, which is an output")
         return self._traffic()

@@ -253,6 +253,15 @@ inline unsigned __float_as_uint(float x) { return cuda_emulator::same_bits<unsig
 inline int __float_as_int(float x) { return cuda_emulator::same_bits<int>(x); }
 inline float __uint_as_float(unsigned x) { return cuda_emulator::same_bits<float>(x); }
 inline float __int_as_float(int x) { return cuda_emulator::same_bits<float>(x); }
+float __fadd_rn(float a, float b);
+float __fsub_rn(float a, float b);
+float __fmul_rn(float a, float b);
+float __fdiv_rn(float a, float b);
+float __fsqrt_rn(float x);
+double __dadd_rn(double a, double b);
+double __dsub_rn(double a, double b);
+double __dmul_rn(double a, double b);
+inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
@@ -261,6 +270,9 @@ inline float __fdividef(float x, float y) { return x / y; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
 using std::max;
 using std::min;

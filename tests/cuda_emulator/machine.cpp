@@ -43,6 +43,7 @@ struct Machine {
   bool begun[kMaxThreads] = {};  // whether the thread's fiber waits for its next block
   std::jmp_buf scheduler;
   bool faulted = false;
+  std::vector<uint64_t> only_blocks;  // of each launch; all where empty
 };
 Machine machine;
 
@@ -233,8 +234,12 @@ void begin_stacks() {
 }
 
 std::vector<uint64_t> block_order(uint64_t blocks) {
-  std::vector<uint64_t> order(blocks);
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<uint64_t> order = machine.only_blocks;
+  std::erase_if(order, [&](uint64_t block) { return block >= blocks; });
+  if (machine.only_blocks.empty()) {
+    order.resize(blocks);
+    std::iota(order.begin(), order.end(), 0);
+  }
   if (machine.order == Order::kReverse) std::reverse(order.begin(), order.end());
   if (machine.order == Order::kRandom) std::shuffle(order.begin(), order.end(), machine.random);
   if (machine.order == Order::kInterleaved) {
@@ -419,6 +424,11 @@ extern "C" {
 void cuda_emulator_set_order(int order, unsigned seed) {
   cuda_emulator::machine.order = static_cast<cuda_emulator::Order>(order);
   cuda_emulator::machine.random.seed(seed + 1);
+}
+
+// Of each launch to come only these blocks run, as far as it has them; all where there are none.
+void cuda_emulator_set_only_blocks(const uint64_t* blocks, size_t count) {
+  cuda_emulator::machine.only_blocks.assign(blocks, blocks + count);
 }
 
 // The sentence of the first fault since the last call, or null; the addresses of the kernel and of the place

@@ -15,7 +15,9 @@
 
 namespace cuda_emulator {
 
-size_t shared_bytes_limit = 227 * 1024;  // sm_90's; sm_80 has 163 KiB, sm_86, 89 and 120 have 99 KiB
+// A block's most: 227 KiB on sm_90, 163 on sm_80, 99 on sm_86, 89 and 120.
+static constexpr size_t kMostSharedBytes = 227 * 1024;
+size_t shared_bytes_limit = kMostSharedBytes;
 
 namespace {
 
@@ -38,16 +40,35 @@ struct Cell {
 
 enum class Space { kShared, kGlobal };
 
+// Cells of zeros, of which only those that are accessed take memory.
+struct Unmap {
+  size_t cells = 0;
+  void operator()(Cell* begin) const { munmap(begin, cells * sizeof(Cell)); }
+};
+using Cells = std::unique_ptr<Cell[], Unmap>;
+
+Cells zeroed_cells(size_t count) {
+  if (count == 0) return {};
+  void* memory = mmap(nullptr, count * sizeof(Cell), PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) std::abort();
+  return Cells(static_cast<Cell*>(memory), Unmap{count});
+}
+
 struct Region {
   Space space;
-  uintptr_t begin;
-  size_t bytes;
-  int granule_log2;
-  bool read_only;
+  uintptr_t begin = 0;
+  size_t bytes = 0;
+  int granule_log2 = 0;
   std::string name;
-  std::unique_ptr<Cell[]> cells;
+  bool initialised = false;  // before the launch
+  bool read_only = false;
+  Cells cells;
 
   size_t granules() const { return (bytes + (size_t{1} << granule_log2) - 1) >> granule_log2; }
+  bool is_written(Mark write) const {
+    return space == Space::kGlobal ? initialised || write != 0 : time_of(write) >= clock_.block;
+  }
 };
 
 enum class Access { kRead, kWrite, kAtomic, kAsyncWrite, kArrival };
@@ -57,7 +78,8 @@ enum class Access { kRead, kWrite, kAtomic, kAsyncWrite, kArrival };
 constexpr size_t kArenaBytes = 2 << 20, kArenaOffset = (1 << 20) + 128;
 constexpr unsigned char kUnknownByte = 0xff;  // a NaN in every floating-point type
 char* arena = nullptr;
-Region dynamic_shared, static_shared;
+Region dynamic_shared{.space = Space::kShared, .name = "dynamic"};
+Region static_shared{.space = Space::kShared, .name = "static"};
 
 std::vector<Region> tensors;
 Region* latest_tensor = nullptr;
@@ -149,7 +171,7 @@ Mark with_read(Mark before) {
 Cell changed(const Region& region, uintptr_t address, Cell cell, Access access, const void* code) {
   const Mark mine = mark(clock_.warps[running.warp], running.thread, 0);
   if (access == Access::kArrival) return {mine, cell.read};
-  const bool written = region.space == Space::kGlobal ? cell.write != 0 : time_of(cell.write) >= clock_.block;
+  const bool written = region.is_written(cell.write);
   if (written && (cell.write & kInFlight) != 0) {
     const int owner = thread_of(cell.write);
     fault(code, "%s %s, which a cp.async of %s still owns: no wait_group has ended it", verb(access),
@@ -313,14 +335,16 @@ void begin_launch_memory(const Launch& launch) {
     void* memory = mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) std::abort();
     arena = static_cast<char*>(memory);
-    dynamic_shared = {Space::kShared, reinterpret_cast<uintptr_t>(arena + kArenaOffset), 0, 0, false,
-                      "dynamic",      std::make_unique<Cell[]>(shared_bytes_limit)};
+    dynamic_shared.begin = reinterpret_cast<uintptr_t>(arena + kArenaOffset);
+    dynamic_shared.cells = zeroed_cells(kMostSharedBytes);
   }
   dynamic_shared.bytes = launch.shared_bytes;
   const auto begin = reinterpret_cast<uintptr_t>(launch.static_shared);
   const auto bytes = static_cast<size_t>(launch.static_shared_end - launch.static_shared);
   if (static_shared.begin != begin || static_shared.bytes != bytes) {
-    static_shared = {Space::kShared, begin, bytes, 0, false, "static", std::make_unique<Cell[]>(bytes)};
+    static_shared.begin = begin;
+    static_shared.bytes = bytes;
+    static_shared.cells = zeroed_cells(bytes);
   }
   const auto call = reinterpret_cast<uintptr_t>(launch.call);
   parameters = {call, call + launch.call_bytes};
@@ -447,18 +471,19 @@ VIOLATION(load_invalid_value, "a bool that is neither true nor false")
 // What tests/cuda_emulator/__init__.py calls.
 // -------------------------------------------------------------------
 
-void cuda_emulator_set_shared_limit(size_t bytes) {
-  shared_bytes_limit = std::min<size_t>(bytes, 227 * 1024);
-}
+void cuda_emulator_set_shared_limit(size_t bytes) { shared_bytes_limit = std::min(bytes, kMostSharedBytes); }
 
 // Makes a tensor's memory known. Where not initialised, its bytes must be written before they are read.
 void cuda_emulator_add_tensor(void* memory, size_t bytes, int granule_log2, int initialised, int read_only,
                               const char* name) {
-  Region tensor{
-      Space::kGlobal, reinterpret_cast<uintptr_t>(memory), bytes, granule_log2, read_only != 0, name,
-      nullptr};
-  tensor.cells = std::make_unique<Cell[]>(tensor.granules());
-  std::fill_n(tensor.cells.get(), tensor.granules(), Cell{initialised != 0 ? mark(1, 0, 0) : 0, 0});
+  Region tensor{.space = Space::kGlobal,
+                .begin = reinterpret_cast<uintptr_t>(memory),
+                .bytes = bytes,
+                .granule_log2 = granule_log2,
+                .name = name,
+                .initialised = initialised != 0,
+                .read_only = read_only != 0};
+  tensor.cells = zeroed_cells(tensor.granules());
   tensors.push_back(std::move(tensor));
   latest_tensor = nullptr;
 }

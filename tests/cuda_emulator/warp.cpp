@@ -1,8 +1,7 @@
-// The instructions that a warp executes together, and the conversions that go with them. Fragments as the PTX
+// The instructions that a warp executes together. Fragments as the PTX
 // ISA has them ("Matrix Fragments for mma.m16n8k8", "... mma.m16n8k16", "ldmatrix"): group = lane / 4 and
 // member = lane % 4 there are g and t here.
 #include <bit>
-#include <cmath>
 #include <cstring>
 
 #include "machine.h"
@@ -138,12 +137,6 @@ void execute_multiply_bf16(Operands lanes) {
   multiply<16>(lanes, a, b);
 }
 
-uint32_t to_bf16(float x) {
-  const auto bits = std::bit_cast<uint32_t>(x);
-  if (std::isnan(x)) return 0x7fff;
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
 }  // namespace
 
 void warp_barrier(uint32_t mask, Place place) {
@@ -204,18 +197,3 @@ void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
 }
 
 }  // namespace cuda_emulator
-
-namespace maskcore {
-
-// Adding half a unit of the last kept bit to the magnitude rounds to nearest, ties away from zero.
-uint32_t to_tf32(float x) {
-  const auto bits = std::bit_cast<uint32_t>(x);
-  if (std::isnan(x)) return 0x7fffe000;
-  return std::isinf(x) ? bits : (bits + 0x1000) & ~0x1fffu;
-}
-
-uint32_t pack_bf16(float lo, float hi) {
-  return cuda_emulator::to_bf16(lo) | cuda_emulator::to_bf16(hi) << 16;
-}
-
-}  // namespace maskcore
