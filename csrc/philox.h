@@ -18,7 +18,9 @@ struct PhiloxWords {
 };
 
 MASKCORE_HOST_DEVICE PhiloxWords philox(PhiloxWords counter, uint64_t key0, uint64_t key1) {
+#ifdef __CUDACC__
 #pragma unroll
+#endif
   for (int round = 0; round < 10; ++round) {
     const unsigned __int128 product0 = static_cast<unsigned __int128>(0xD2E7470EE14C6C93u) * counter.v[0];
     const unsigned __int128 product1 = static_cast<unsigned __int128>(0xCA5A826395121157u) * counter.v[2];
