@@ -111,7 +111,7 @@ struct Activation {
 template <class T>
 struct ReluGradient {
   using Element = T;
-  static constexpr bool kPlain = false;
+  static constexpr bool kPlain = false, kHasBias = true;
   const T* dy;  // [N,H,W,C]
   const T* y;   // [N,H,W,C]
   int H, W, C;
@@ -143,7 +143,7 @@ struct ReluGradient {
 template <class T>
 struct PooledReluGradient {
   using Element = T;
-  static constexpr bool kPlain = false;
+  static constexpr bool kPlain = false, kHasBias = true;
   const T* dy;            // [N,H/2,W/2,C]
   const T* y;             // [N,H/2,W/2,C]
   const uint8_t* argmax;  // [N,H/2,W/2,C], 2 * (row in the window) + (column in the window)
@@ -211,10 +211,11 @@ struct BatchNormCoefficients {
 /// (Ioffe & Szegedy 2015, section 3):
 ///   g = dy where scale z + shift > 0, else 0;   zhat = (z - mean) inv_std
 ///   dz = gamma inv_std (g - mean(g) - zhat mean(g zhat))
+/// The bias in front of it has no effect: its gradient, the sum of dz, is zero.
 template <class T>
 struct BatchNormReluGradient {
   using Element = T;
-  static constexpr bool kPlain = false;
+  static constexpr bool kPlain = false, kHasBias = false;
   const T* dy;  // [N,H,W,C]
   const T* z;   // [N,H,W,C], the convolution's output
   BatchNormCoefficients channel;

@@ -73,25 +73,27 @@ struct GradientTile {
       g += (pixel0 + (lane & 7) + (lane >> 4 << 3)) * kGradientRow + (lane >> 3 & 1) * 16;
 #pragma unroll
       for (int mt = 0; mt < MT; ++mt) ldmatrix_x4_trans(a[mt], g + 32 * mt);
-      x += places[pixel0 + (lane & 15)] * kInputRow;
-#pragma unroll
-      for (int tap = 0; tap < kTaps; tap += 2) {
+      // Two taps at a time; lanes 16..31 name the second one's rows.
+      const auto pair = [&](const unsigned char* rows, int first, int second) {
         uint32_t b[4];
-        if (tap + 1 < kTaps) {  // lanes 16..31 name the next tap's rows
-          const int other = lane >> 4, next = tap + 1;
-          const int r = other ? next / 3 : tap / 3, s = other ? next % 3 : tap % 3;
-          ldmatrix_x4_trans(b, x + (r * pitch + s) * kInputRow);
-        } else {
-          uint32_t last[2];
-          ldmatrix_x2_trans(last, x + (tap / 3 * pitch + tap % 3) * kInputRow);
-          b[0] = last[0], b[1] = last[1];
-        }
+        ldmatrix_x4_trans(b, rows);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) {
-          mma_bf16(acc[mt][tap], a[mt], {b[0], b[1]});
-          if (tap + 1 < kTaps) mma_bf16(acc[mt][tap + 1], a[mt], {b[2], b[3]});
+          mma_bf16(acc[mt][first], a[mt], {b[0], b[1]});
+          mma_bf16(acc[mt][second], a[mt], {b[2], b[3]});
         }
-      }
+      };
+      const int place = places[pixel0 + (lane & 15)], down = pitch * kInputRow;
+      const unsigned char* const left = x + (place + (lane >> 4)) * kInputRow;
+      const unsigned char* const right = x + (place + 2) * kInputRow + (lane >> 4) * down;
+      pair(left, 0, 1);
+      pair(left + down, 3, 4);
+      pair(left + 2 * down, 6, 7);
+      pair(right, 2, 5);
+      uint32_t b[2];
+      ldmatrix_x2_trans(b, right + 2 * down);
+#pragma unroll
+      for (int mt = 0; mt < MT; ++mt) mma_bf16(acc[mt][8], a[mt], b);
     } else if constexpr (std::is_same_v<Math, Tf32>) {
       const int row = lane >> 2, t = lane & 3;
       uint32_t a[MT][4];
@@ -149,7 +151,7 @@ struct WeightGradient {
   int C, K;
   int splits;
   float* dweight;  // [splits][9][K][C]
-  float* dbias;    // [splits][K], or null
+  float* dbias;    // [splits][K] where the gradient's convolution has a bias
 };
 
 template <class Tile, class Source, class Gradient>
@@ -171,13 +173,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     return static_cast<int>(static_cast<int64_t>(tiling.tiles) * s / conv.splits);
   };
   const int end = first_tile(split + 1);
-  const bool with_bias = conv.dbias != nullptr && c0 == 0;
   const int g_channel = k0 + thread % Tile::kGradientChunks * kLanes;
   const int x_channel = c0 + thread % Tile::kInputChunks * kLanes;
 
   Item<Math, Gradient> g_item;
   Item<Math, Source> x_item;
-  float bias[kLanes] = {};
+  [[maybe_unused]] float bias[kLanes] = {};
 
   const auto start = [&](const Tiling::Position& at, int i, int buffer) {
     unsigned char* const to = shared + buffer * Tile::kBufferBytes;
@@ -204,8 +205,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         conv.gradient.template values<kLanes>(g_item.fetched, g_channel, v);
         *reinterpret_cast<uint4*>(to + pixel * Tile::kGradientRow + number % Tile::kGradientChunks * 16) =
             Math::pack(v);
+        if constexpr (Gradient::kHasBias) {
 #pragma unroll
-        for (int j = 0; j < kLanes; ++j) bias[j] += v[j];
+          for (int j = 0; j < kLanes; ++j) bias[j] += v[j];
+        }
       }
     } else {
       const int number = thread + (i - Tile::kGradientItems) * Tile::kThreads;
@@ -273,7 +276,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
   }
 
-  if (with_bias) {
+  if constexpr (Gradient::kHasBias) {
+    if (c0 > 0) return;
     __syncthreads();
     float* const sums = reinterpret_cast<float*>(shared);  // [thread][kLanes]
 #pragma unroll
@@ -289,9 +293,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   }
 }
 
-/// dweight [K,C,3,3] and dbias [K] (unless null) as the sums over splits, in their order. One thread a sum.
+/// dweight [K,C,3,3] and dbias [K], unless null, as the sums over splits, in their order. One thread a sum.
 constexpr int kAddThreads = 256;
-__global__ void __launch_bounds__(kAddThreads)
+inline __global__ void __launch_bounds__(kAddThreads)
     add_splits_kernel(const float* dweight_splits, const float* dbias_splits, int splits, int K, int C,
                       float* dweight, float* dbias) {
   const int64_t weights = static_cast<int64_t>(kTaps) * K * C;
@@ -343,7 +347,7 @@ cudaError_t launch_weight_gradient(const ConvSize& s, const Source& x, const Gra
                                                 .K = static_cast<int>(s.K),
                                                 .splits = static_cast<int>(splits),
                                                 .dweight = sums,
-                                                .dbias = dbias != nullptr ? bias_sums : nullptr};
+                                                .dbias = bias_sums};
     const int64_t blocks = splits * (round_up(s.C, Tile::kTileC) / Tile::kTileC) *
                            (round_up(s.K, Tile::kTileK) / Tile::kTileK);
     const cudaError_t error =

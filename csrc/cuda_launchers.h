@@ -77,4 +77,51 @@ cudaError_t launch_dropout(const void* x, const int64_t* seed, DataType dtype, i
 cudaError_t launch_warp(const uint8_t* pictures, const double* matrices, int64_t N, int64_t H, int64_t W,
                         float fill, float scale, DataType dtype, void* out, cudaStream_t stream);
 
+// ---- conv_relu_cuda.cu ---------------------------------------------------------------------------
+// x [N,H,W,C], y [N,P,Q,K] and their gradients are of call.dtype; weight [K,C,3,3] and what is per channel float32.
+// Each launcher needs a workspace of so many bytes, on 256 bytes.
+
+int64_t conv_relu_workspace_bytes(const ConvCall& call);
+
+cudaError_t launch_conv_relu(const ConvCall& call, const void* x, const float* weight, const float* bias,
+                             void* y, void* workspace, cudaStream_t stream);
+
+/// y and argmax [N,P/2,Q/2,K]
+cudaError_t launch_conv_relu_max_pool(const ConvCall& call, const void* x, const float* weight,
+                                      const float* bias, void* y, uint8_t* argmax, void* workspace,
+                                      cudaStream_t stream);
+
+// ---- conv_relu_backward_cuda.cu ------------------------------------------------------------------
+
+int64_t conv_relu_backward_workspace_bytes(const ConvCall& call);
+
+/// dx may be null: it is not computed then.
+cudaError_t launch_conv_relu_backward(const ConvCall& call, const void* dy, const void* x, const float* weight,
+                                      const void* y, void* dx, float* dweight, float* dbias, void* workspace,
+                                      cudaStream_t stream);
+
+/// dy, y and argmax [N,P/2,Q/2,K]; the same workspace.
+cudaError_t launch_conv_relu_max_pool_backward(const ConvCall& call, const void* dy, const void* x,
+                                               const float* weight, const void* y, const uint8_t* argmax,
+                                               void* dx, float* dweight, float* dbias, void* workspace,
+                                               cudaStream_t stream);
+
+// ---- conv_bn_relu_cuda.cu ------------------------------------------------------------------------
+
+int64_t conv_bn_relu_train_workspace_bytes(const ConvCall& call);
+
+/// z [N,P,Q,K] is the convolution's output; mean and var [K] its statistics. N >= 1.
+cudaError_t launch_conv_bn_relu_train(const ConvCall& call, const void* x, const float* weight,
+                                      const float* bias, const float* gamma, const float* beta, double eps,
+                                      void* y, void* z, float* mean, float* var, void* workspace,
+                                      cudaStream_t stream);
+
+int64_t conv_bn_relu_train_backward_workspace_bytes(const ConvCall& call);
+
+cudaError_t launch_conv_bn_relu_train_backward(const ConvCall& call, const void* dy, const void* x,
+                                               const float* weight, const void* z, const float* gamma,
+                                               const float* beta, const float* mean, const float* var,
+                                               double eps, void* dx, float* dweight, float* dgamma,
+                                               float* dbeta, void* workspace, cudaStream_t stream);
+
 }  // namespace maskcore
