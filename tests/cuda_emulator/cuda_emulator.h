@@ -253,16 +253,22 @@ inline unsigned __float_as_uint(float x) { return cuda_emulator::same_bits<unsig
 inline int __float_as_int(float x) { return cuda_emulator::same_bits<int>(x); }
 inline float __uint_as_float(unsigned x) { return cuda_emulator::same_bits<float>(x); }
 inline float __int_as_float(int x) { return cuda_emulator::same_bits<float>(x); }
-float __fadd_rn(float a, float b);
-float __fsub_rn(float a, float b);
-float __fmul_rn(float a, float b);
-float __fdiv_rn(float a, float b);
-float __fsqrt_rn(float x);
-double __dadd_rn(double a, double b);
-double __dsub_rn(double a, double b);
-double __dmul_rn(double a, double b);
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
+// Never fused with another operation, by nvcc; by g++ because it does not see where the value comes from.
+template <class T>
+inline T rounded(T value) {
+  __asm__("" : "+m"(value));
+  return value;
+}
+inline float __fadd_rn(float a, float b) { return rounded(a + b); }
+inline float __fsub_rn(float a, float b) { return rounded(a - b); }
+inline float __fmul_rn(float a, float b) { return rounded(a * b); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline double __dadd_rn(double a, double b) { return rounded(a + b); }
+inline double __dsub_rn(double a, double b) { return rounded(a - b); }
+inline double __dmul_rn(double a, double b) { return rounded(a * b); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }

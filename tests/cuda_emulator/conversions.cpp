@@ -27,12 +27,3 @@ uint32_t to_tf32(float x) {
 uint32_t pack_bf16(float lo, float hi) { return to_bf16(lo) | to_bf16(hi) << 16; }
 
 }  // namespace maskcore
-
-float __fadd_rn(float a, float b) { return a + b; }
-float __fsub_rn(float a, float b) { return a - b; }
-float __fmul_rn(float a, float b) { return a * b; }
-float __fdiv_rn(float a, float b) { return a / b; }
-float __fsqrt_rn(float x) { return std::sqrt(x); }
-double __dadd_rn(double a, double b) { return a + b; }
-double __dsub_rn(double a, double b) { return a - b; }
-double __dmul_rn(double a, double b) { return a * b; }
