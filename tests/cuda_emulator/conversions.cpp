@@ -1,5 +1,4 @@
-// Conversions, and arithmetic that CUDA promises not to fuse: a compiler that sees a product may join it with
-// a sum, so these are functions of their own.
+// Conversions as the tensor cores' instructions do them.
 #include <bit>
 #include <cmath>
 

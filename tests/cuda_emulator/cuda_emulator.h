@@ -50,7 +50,7 @@
 // One block runs at a time, so that a static array is its shared memory; the section tells where.
 #define __shared__ static __attribute__((section("cuda_shared")))
 
-// Vectors. ------------------------------------------------------------------------------------------------
+// Vectors. ----------------------------------------------------------------------------------------
 
 struct uint3 {
   unsigned x, y, z;
@@ -98,8 +98,7 @@ inline uchar4 make_uchar4(unsigned char x, unsigned char y, unsigned char z, uns
 }
 inline double2 make_double2(double x, double y) { return {x, y}; }
 
-// The runtime's functions that launchers call.
-// ---------------------------------------------------------------
+// The runtime's functions that launchers call. ----------------------------------------------------
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t {
@@ -121,8 +120,7 @@ cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaMemsetAsync(void* global, int value, size_t bytes, cudaStream_t stream);
 
-// What the emulator offers the functions below.
-// ----------------------------------------------------------------
+// What the emulator offers the functions below. ---------------------------------------------------
 
 namespace cuda_emulator {
 
@@ -190,6 +188,13 @@ To same_bits(From from) {
   return to;
 }
 
+// A result that no other operation is fused with: g++ does not see where it comes from.
+template <class T>
+T rounded(T result) {
+  __asm__("" : "+m"(result));
+  return result;
+}
+
 }  // namespace cuda_emulator
 
 #define threadIdx (::cuda_emulator::thread_index())
@@ -198,8 +203,7 @@ To same_bits(From from) {
 #define gridDim (::cuda_emulator::grid_size())
 inline constexpr int warpSize = 32;
 
-// Built-in functions. A call's line and file are its place.
-// ---------------------------------------------------
+// Built-in functions. A call's line and file are its place. ---------------------------------------
 
 #define CALLED_HERE int line = __builtin_LINE(), const char *file = __builtin_FILE()
 #define HERE \
@@ -255,20 +259,14 @@ inline float __uint_as_float(unsigned x) { return cuda_emulator::same_bits<float
 inline float __int_as_float(int x) { return cuda_emulator::same_bits<float>(x); }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
-// Never fused with another operation, by nvcc; by g++ because it does not see where the value comes from.
-template <class T>
-inline T rounded(T value) {
-  __asm__("" : "+m"(value));
-  return value;
-}
-inline float __fadd_rn(float a, float b) { return rounded(a + b); }
-inline float __fsub_rn(float a, float b) { return rounded(a - b); }
-inline float __fmul_rn(float a, float b) { return rounded(a * b); }
+inline float __fadd_rn(float a, float b) { return cuda_emulator::rounded(a + b); }
+inline float __fsub_rn(float a, float b) { return cuda_emulator::rounded(a - b); }
+inline float __fmul_rn(float a, float b) { return cuda_emulator::rounded(a * b); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
-inline double __dadd_rn(double a, double b) { return rounded(a + b); }
-inline double __dsub_rn(double a, double b) { return rounded(a - b); }
-inline double __dmul_rn(double a, double b) { return rounded(a * b); }
+inline double __dadd_rn(double a, double b) { return cuda_emulator::rounded(a + b); }
+inline double __dsub_rn(double a, double b) { return cuda_emulator::rounded(a - b); }
+inline double __dmul_rn(double a, double b) { return cuda_emulator::rounded(a * b); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
@@ -283,8 +281,7 @@ inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(
 using std::max;
 using std::min;
 
-// csrc/launch.cuh
-// ---------------------------------------------------------------------------------------------
+// csrc/launch.cuh ---------------------------------------------------------------------------------
 
 namespace maskcore {
 
@@ -310,8 +307,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
                              &call, sizeof(call)});
 }
 
-// csrc/tensor_core.cuh
-// ----------------------------------------------------------------------------------------
+// csrc/tensor_core.cuh ----------------------------------------------------------------------------
 
 inline void cp_async_16(void* shared, const void* global, bool valid = true) {
   cuda_emulator::copy_async(shared, global, 16, valid);

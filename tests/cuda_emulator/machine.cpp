@@ -416,8 +416,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return cudaErrorInvalidValue;
 }
 
-// What tests/cuda_emulator/__init__.py calls.
-// -------------------------------------------------------------------
+// What tests/cuda_emulator/__init__.py calls. -----------------------------------------------------
 
 extern "C" {
 

@@ -427,8 +427,7 @@ cudaError_t cudaMemsetAsync(void* global, int value, size_t bytes, cudaStream_t)
   return cudaSuccess;
 }
 
-// The calls that g++ -fsanitize=thread,... compiles into the kernels.
-// -------------------------------------------
+// The calls that g++ -fsanitize=thread,... compiles into the kernels. -----------------------------
 
 using namespace cuda_emulator;
 
@@ -468,8 +467,7 @@ VIOLATION(divrem_overflow, "division by zero or its overflow")
 VIOLATION(shift_out_of_bounds, "shift by less than nothing or more than there are bits")
 VIOLATION(load_invalid_value, "a bool that is neither true nor false")
 
-// What tests/cuda_emulator/__init__.py calls.
-// -------------------------------------------------------------------
+// What tests/cuda_emulator/__init__.py calls. -----------------------------------------------------
 
 void cuda_emulator_set_shared_limit(size_t bytes) { shared_bytes_limit = std::min(bytes, kMostSharedBytes); }
 

@@ -11,8 +11,7 @@ namespace {
 constexpr unsigned kThreads = 64;
 constexpr unsigned kElements = 256;
 
-// Barriers.
-// ---------------------------------------------------------------------------------------------------
+// Barriers. ---------------------------------------------------------------------------------------
 
 __global__ void no_barrier_after_writing(const float* x, float* y, bool faulty) {
   float* s = dynamic_shared<float>();
@@ -107,8 +106,7 @@ __global__ void return_before_a_barrier(const float* x, float* y, bool faulty) {
   y[t] = s[t];
 }
 
-// Warp instructions.
-// --------------------------------------------------------------------------------------------
+// Warp instructions. ------------------------------------------------------------------------------
 
 __global__ void shuffle_in_a_branch(const float* x, float* y, bool faulty) {
   const unsigned t = threadIdx.x;
@@ -155,8 +153,7 @@ __global__ void swapped_fragment_index(const float* x, float* y, bool faulty) {
   for (unsigned i = 0; i < 4; ++i) y[(i < 2 ? g : g + 8) * 8 + 2 * t + i % 2] = d[i];
 }
 
-// Bounds, alignment, initialisation.
-// ------------------------------------------------------------------------------
+// Bounds, alignment, initialisation. --------------------------------------------------------------
 
 // y[i] = x[i-1] + x[i] + x[i+1] with zeros past the border.
 __global__ void off_by_one_border(const float* x, float* y, bool faulty) {
@@ -244,8 +241,7 @@ __global__ void overflow_of_an_index(const float* x, float* y, bool faulty) {
   y[t] = x[t * (faulty ? 1 << 30 : 1) % 64];
 }
 
-// cp.async.
-// -------------------------------------------------------------------------------------------------------
+// cp.async. ---------------------------------------------------------------------------------------
 
 __global__ void no_wait_group(const float* x, float* y, bool faulty) {
   float* s = dynamic_shared<float>();
@@ -359,8 +355,7 @@ __global__ void misaligned_ldmatrix(const float* x, float* y, bool faulty) {
   y[t] = __uint_as_float(r[0]);
 }
 
-// Blocks.
-// --------------------------------------------------------------------------------------------------------
+// Blocks. -----------------------------------------------------------------------------------------
 
 __global__ void blocks_write_one_place(const float* x, float* y, bool faulty) {
   const unsigned t = threadIdx.x;
