@@ -10,11 +10,14 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cuda_launchers.h"
@@ -139,6 +142,177 @@ T* data(const Tensor& tensor) {
 template <class T>
 const T* const_data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+// ---- convolutions --------------------------------------------------------------------------------
+
+Precision parse_precision(const std::string& name) {
+  if (name == "ieee") return Precision::kIeee;
+  if (name == "tf32") return Precision::kTf32;
+  STD_TORCH_CHECK(name == "bf16", "precision must be ieee, tf32 or bf16, is ", name);
+  return Precision::kBf16;
+}
+
+ConvCall conv_call(const Call& call, const Tensor& x, const Tensor& weight, int64_t padding,
+                   const std::string& precision) {
+  STD_TORCH_CHECK(padding == 0 || padding == 1, "padding must be 0 or 1, is ", padding);
+  const DataType dtype = call.check_activation(x, "x", {kAny, kAny, kAny, kAny});
+  call.check(weight, "weight", {kAny, x.size(3), 3, 3});
+  const ConvSize size{.N = x.size(0),
+                      .H = x.size(1),
+                      .W = x.size(2),
+                      .C = x.size(3),
+                      .K = weight.size(0),
+                      .padding = padding};
+  STD_TORCH_CHECK(size.P >= 1 && size.Q >= 1, "x must be at least ", 3 - 2 * padding,
+                  " pixels high and wide, is ", size.H, " x ", size.W);
+  STD_TORCH_CHECK(size.C >= 1 && size.K >= 1, "weight must have at least one input and one output channel");
+  check_row(size.W, size.C, "x");
+  check_row(size.W + 2 * padding, size.K, "the convolution's output");
+  return {size, dtype, parse_precision(precision), call.multiprocessors()};
+}
+
+ScalarType scalar_type(DataType dtype) {
+  return dtype == DataType::kBfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+}
+
+void refuse_transformed(const std::optional<Tensor>& transformed) {
+  STD_TORCH_CHECK(!transformed.has_value(),
+                  "transformed must be None on a CUDA device: it is for the CPU's Winograd kernels");
+}
+
+Tensor workspace(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
+
+Tensor conv_relu_cuda(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t padding,
+                      const std::optional<Tensor>& transformed, const std::string& precision) {
+  const Call call(x, "x");
+  refuse_transformed(transformed);
+  const ConvCall conv = conv_call(call, x, weight, padding, precision);
+  const ConvSize& s = conv.size;
+  call.check(bias, "bias", {s.K});
+  Tensor y = torch::stable::new_empty(x, {s.N, s.P, s.Q, s.K});
+  const Tensor room = workspace(x, conv_relu_workspace_bytes(conv));
+  call.started(launch_conv_relu(conv, x.const_data_ptr(), const_data<float>(weight), const_data<float>(bias),
+                                y.mutable_data_ptr(), room.mutable_data_ptr(), call.stream()),
+               "conv_relu");
+  return y;
+}
+
+std::tuple<Tensor, Tensor> conv_relu_max_pool_cuda(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                                   int64_t padding, const std::optional<Tensor>& transformed,
+                                                   const std::string& precision) {
+  const Call call(x, "x");
+  refuse_transformed(transformed);
+  const ConvCall conv = conv_call(call, x, weight, padding, precision);
+  const ConvSize& s = conv.size;
+  call.check(bias, "bias", {s.K});
+  STD_TORCH_CHECK(s.P >= 2 && s.Q >= 2, "x is too small to be pooled: the convolution gives ", s.P, " x ",
+                  s.Q);
+  Tensor y = torch::stable::new_empty(x, {s.N, s.P / 2, s.Q / 2, s.K});
+  Tensor argmax = torch::stable::new_empty(x, {s.N, s.P / 2, s.Q / 2, s.K}, ScalarType::Byte);
+  const Tensor room = workspace(x, conv_relu_workspace_bytes(conv));
+  call.started(launch_conv_relu_max_pool(conv, x.const_data_ptr(), const_data<float>(weight),
+                                         const_data<float>(bias), y.mutable_data_ptr(), data<uint8_t>(argmax),
+                                         room.mutable_data_ptr(), call.stream()),
+               "conv_relu_max_pool");
+  return {y, argmax};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // dx, dweight, dbias
+
+Gradients empty_gradients(const ConvSize& s, const Tensor& x, const Tensor& weight, bool need_dx) {
+  return {torch::stable::new_empty(x, {need_dx ? s.N : 0, s.H, s.W, s.C}),
+          torch::stable::new_empty(weight, {s.K, s.C, 3, 3}), torch::stable::new_empty(weight, {s.K})};
+}
+
+Gradients conv_relu_backward_cuda(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& y,
+                                  int64_t padding, const std::string& precision, bool need_dx) {
+  const Call call(x, "x");
+  const ConvCall conv = conv_call(call, x, weight, padding, precision);
+  const ConvSize& s = conv.size;
+  call.check(dy, "dy", {s.N, s.P, s.Q, s.K}, scalar_type(conv.dtype));
+  call.check(y, "y", {s.N, s.P, s.Q, s.K}, scalar_type(conv.dtype));
+  const auto [dx, dweight, dbias] = empty_gradients(s, x, weight, need_dx);
+  const Tensor room = workspace(x, conv_relu_backward_workspace_bytes(conv));
+  call.started(launch_conv_relu_backward(conv, dy.const_data_ptr(), x.const_data_ptr(),
+                                         const_data<float>(weight), y.const_data_ptr(),
+                                         need_dx ? dx.mutable_data_ptr() : nullptr, data<float>(dweight),
+                                         data<float>(dbias), room.mutable_data_ptr(), call.stream()),
+               "_conv_relu_backward");
+  return {dx, dweight, dbias};
+}
+
+Gradients conv_relu_max_pool_backward_cuda(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                           const Tensor& y, const Tensor& argmax, int64_t padding,
+                                           const std::string& precision, bool need_dx) {
+  const Call call(x, "x");
+  const ConvCall conv = conv_call(call, x, weight, padding, precision);
+  const ConvSize& s = conv.size;
+  call.check(dy, "dy", {s.N, s.P / 2, s.Q / 2, s.K}, scalar_type(conv.dtype));
+  call.check(y, "y", {s.N, s.P / 2, s.Q / 2, s.K}, scalar_type(conv.dtype));
+  call.check(argmax, "argmax", {s.N, s.P / 2, s.Q / 2, s.K}, ScalarType::Byte);
+  const auto [dx, dweight, dbias] = empty_gradients(s, x, weight, need_dx);
+  const Tensor room = workspace(x, conv_relu_backward_workspace_bytes(conv));
+  call.started(launch_conv_relu_max_pool_backward(
+                   conv, dy.const_data_ptr(), x.const_data_ptr(), const_data<float>(weight),
+                   y.const_data_ptr(), const_data<uint8_t>(argmax), need_dx ? dx.mutable_data_ptr() : nullptr,
+                   data<float>(dweight), data<float>(dbias), room.mutable_data_ptr(), call.stream()),
+               "_conv_relu_max_pool_backward");
+  return {dx, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_cuda(const Tensor& x, const Tensor& weight,
+                                                                   const Tensor& bias, const Tensor& gamma,
+                                                                   const Tensor& beta, double eps,
+                                                                   int64_t padding,
+                                                                   const std::string& precision) {
+  const Call call(x, "x");
+  const ConvCall conv = conv_call(call, x, weight, padding, precision);
+  const ConvSize& s = conv.size;
+  STD_TORCH_CHECK(s.N >= 1, "x must hold at least one image: without one there are no batch statistics");
+  call.check(bias, "bias", {s.K});
+  call.check(gamma, "gamma", {s.K});
+  call.check(beta, "beta", {s.K});
+  Tensor y = torch::stable::new_empty(x, {s.N, s.P, s.Q, s.K});
+  Tensor z = torch::stable::new_empty(x, {s.N, s.P, s.Q, s.K});
+  Tensor mean = torch::stable::new_empty(weight, {s.K}), var = torch::stable::new_empty(weight, {s.K});
+  const Tensor room = workspace(x, conv_bn_relu_train_workspace_bytes(conv));
+  call.started(
+      launch_conv_bn_relu_train(conv, x.const_data_ptr(), const_data<float>(weight), const_data<float>(bias),
+                                const_data<float>(gamma), const_data<float>(beta), eps, y.mutable_data_ptr(),
+                                z.mutable_data_ptr(), data<float>(mean), data<float>(var),
+                                room.mutable_data_ptr(), call.stream()),
+      "conv_bn_relu_train");
+  return {y, z, mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_backward_cuda(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& z, const Tensor& gamma,
+    const Tensor& beta, const Tensor& mean, const Tensor& var, double eps, int64_t padding,
+    const std::string& precision, bool need_dx) {
+  const Call call(x, "x");
+  const ConvCall conv = conv_call(call, x, weight, padding, precision);
+  const ConvSize& s = conv.size;
+  STD_TORCH_CHECK(s.N >= 1, "x must hold at least one image: without one there are no batch statistics");
+  call.check(dy, "dy", {s.N, s.P, s.Q, s.K}, scalar_type(conv.dtype));
+  call.check(z, "z", {s.N, s.P, s.Q, s.K}, scalar_type(conv.dtype));
+  call.check(gamma, "gamma", {s.K});
+  call.check(beta, "beta", {s.K});
+  call.check(mean, "mean", {s.K});
+  call.check(var, "var", {s.K});
+  const auto [dx, dweight, dgamma] = empty_gradients(s, x, weight, need_dx);
+  Tensor dbeta = torch::stable::new_empty(weight, {s.K});
+  const Tensor room = workspace(x, conv_bn_relu_train_backward_workspace_bytes(conv));
+  call.started(
+      launch_conv_bn_relu_train_backward(
+          conv, dy.const_data_ptr(), x.const_data_ptr(), const_data<float>(weight), z.const_data_ptr(),
+          const_data<float>(gamma), const_data<float>(beta), const_data<float>(mean), const_data<float>(var),
+          eps, need_dx ? dx.mutable_data_ptr() : nullptr, data<float>(dweight), data<float>(dgamma),
+          data<float>(dbeta), room.mutable_data_ptr(), call.stream()),
+      "_conv_bn_relu_train_backward");
+  return {dx, dweight, dgamma, dbeta};
 }
 
 // ---- max_pool ------------------------------------------------------------------------------------
@@ -308,6 +482,12 @@ Tensor warp_cuda(const Tensor& pictures, const Tensor& matrices, double fill, do
 }  // namespace maskcore
 
 STABLE_TORCH_LIBRARY_IMPL(maskcore, CUDA, m) {
+  m.impl("conv_relu", TORCH_BOX(&maskcore::conv_relu_cuda));
+  m.impl("_conv_relu_backward", TORCH_BOX(&maskcore::conv_relu_backward_cuda));
+  m.impl("conv_relu_max_pool", TORCH_BOX(&maskcore::conv_relu_max_pool_cuda));
+  m.impl("_conv_relu_max_pool_backward", TORCH_BOX(&maskcore::conv_relu_max_pool_backward_cuda));
+  m.impl("conv_bn_relu_train", TORCH_BOX(&maskcore::conv_bn_relu_train_cuda));
+  m.impl("_conv_bn_relu_train_backward", TORCH_BOX(&maskcore::conv_bn_relu_train_backward_cuda));
   m.impl("max_pool", TORCH_BOX(&maskcore::max_pool_cuda));
   m.impl("_max_pool_backward", TORCH_BOX(&maskcore::max_pool_backward_cuda));
   m.impl("softmax_cross_entropy", TORCH_BOX(&maskcore::softmax_cross_entropy_cuda));
