@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,12 +37,14 @@ Order: TypeAlias = Literal["forward", "reverse", "random", "interleaved"]
 ORDERS: tuple[Order, ...] = ("forward", "reverse", "random", "interleaved")
 Memory: TypeAlias = "torch.Tensor | np.ndarray"
 
-COMPILE = ["-std=c++20", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra", "-DMASKCORE_CUDA_EMULATION"]
-# Debian's and Ubuntu's longjmp refuses to leave a stack for another one where this is set.
-RUNTIME = [*COMPILE, "-U_FORTIFY_SOURCE"]
+COMPILE = ["-std=c++20", "-g1", "-fPIC", "-Wall", "-Wextra", "-DMASKCORE_CUDA_EMULATION"]
+# Debian's and Ubuntu's longjmp refuses to leave a stack for another one where _FORTIFY_SOURCE is set.
+RUNTIME = [*COMPILE, "-O3", "-U_FORTIFY_SOURCE"]
+# -O1: the checks take the time, not the kernels, and half of the time to compile is saved.
 # -fno-tree-sra: a float4 is read as the 16 bytes that it is on the GPU, not as four floats.
 INSTRUMENT = [
     *COMPILE,
+    "-O1",
     "-x",
     "c++",
     "-Wno-unknown-pragmas",
@@ -105,6 +108,15 @@ class Traffic(NamedTuple):
     least: int  # that the same bytes could have cost
 
 
+class Launched(NamedTuple):
+    """A launch that was recorded instead of run."""
+
+    kernel: str  # demangled, with its parameters
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+
+
 def build(*sources: str | Path, replacements: Iterable[Replacement] = ()) -> Kernels:
     """Compiles sources, of csrc where the path is relative, into a library that runs on the emulator.
 
@@ -157,7 +169,7 @@ def _compile(source: Path, flags: Sequence[str], includes: Sequence[Path], depen
     key = _hashed(flags, [source.read_bytes(), dependencies])
     made = folder() / f"{source.stem}-{key}.o"
     if not made.exists():
-        partial = made.with_suffix(f".{os.getpid()}.o")
+        partial = made.with_suffix(f".{os.getpid()}-{threading.get_ident()}.o")
         search = [f"-I{path}" for path in includes]
         _run(_compiler(), *flags, *search, "-c", source, "-o", partial)
         partial.replace(made)
@@ -167,7 +179,7 @@ def _compile(source: Path, flags: Sequence[str], includes: Sequence[Path], depen
 def _link(name: str, objects: Sequence[Path], libraries: Sequence[Path]) -> Path:
     made = folder() / f"{name}-{_hashed([], [str(path).encode() for path in (*objects, *libraries)])}.so"
     if not made.exists():
-        partial = made.with_suffix(f".{os.getpid()}.so")
+        partial = made.with_suffix(f".{os.getpid()}-{threading.get_ident()}.so")
         _run(_compiler(), "-shared", *objects, *libraries, "-Wl,-z,defs", "-o", partial)
         partial.replace(made)
     return made
@@ -229,6 +241,12 @@ def sparse(shape: Sequence[int], dtype: str) -> np.ndarray:
 def address_of(memory: Memory) -> int:
     """The pointer, for a struct that a launcher takes."""
     return memory.data_ptr() if isinstance(memory, torch.Tensor) else memory.ctypes.data
+
+
+def _function_name(signature: str) -> str:
+    """Without result, namespaces, template arguments and parameters."""
+    name = re.split(r"[<(]", signature.replace("(anonymous namespace)::", ""))[0]
+    return re.split(r"::| ", name.strip())[-1]
 
 
 # Parameters as the demangler writes them. Every pointer is a c_void_p, every enumeration an int.
@@ -402,6 +420,41 @@ class Kernels:
                 raise Fault(f"{name}: nothing wrote element {element} of {tensor.name}, which is an output")
         return self._traffic()
 
+    def record(self, name: str, *arguments: HostStruct | bool | int | float | None) -> list[Launched]:
+        """What the launcher would launch, without running it. A pointer may be any address, such as 1 << 20."""
+        launcher = self._choose(name, len(arguments))
+        values: list[object] = []
+        for argument, parameter in zip(arguments, launcher.parameters, strict=True):
+            if isinstance(argument, (ctypes.Structure, ctypes.Array)):
+                values.append(ctypes.byref(argument) if parameter[-1] in "*&" else argument)
+            elif parameter[-1] in "*&":
+                values.append(ctypes.c_void_p(argument))  # type: ignore[arg-type]
+            else:
+                values.append(SCALARS.get(parameter, ctypes.c_int32)(argument))  # type: ignore[arg-type]
+        if launcher.takes_stream:
+            values.append(ctypes.c_void_p(None))
+        found: list[Launched] = []
+
+        def told(kernel: int, x: int, y: int, z: int, threads: int, shared: int) -> None:
+            found.append(Launched(self._kernel_name(kernel), (x, y, z), threads, shared))
+
+        size = ctypes.c_uint
+        callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, size, size, size, size, ctypes.c_size_t)(told)
+        self.emulator.cuda_emulator_set_shared_limit(227 * 1024)
+        self.emulator.cuda_emulator_record_launches(callback)
+        try:
+            error = self.library[launcher.symbol](*values)
+        finally:
+            self.emulator.cuda_emulator_record_launches(None)
+        if error != 0:
+            raise LaunchError(f"{name} returned cudaError_t {error}")
+        return found
+
+    def _kernel_name(self, address: int) -> str:
+        """A kernel's name as the demangler writes it, with its template's arguments."""
+        mangled = _run("addr2line", "-f", "-e", self.path, hex(address - self._base())).splitlines()[0]
+        return _run("c++filt", mangled).strip()
+
     def accesses(self) -> int:
         """Memory accesses checked so far, of all libraries together."""
         return int(self.emulator.cuda_emulator_accesses())
@@ -421,7 +474,8 @@ class Kernels:
         if sentence is None:
             return
         function = self._source_lines(kernel.value or 0)[0][0]
-        raise Fault(f"kernel {function}, {sentence.decode()} [{self._place(code.value or 0)}]")
+        place = f" [{self._place(code.value)}]" if code.value else ""
+        raise Fault(f"kernel {function}, {sentence.decode()}{place}")
 
     def _traffic(self) -> list[Traffic]:
         code, shared, writes = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
@@ -445,15 +499,15 @@ class Kernels:
         lines = (line for _, line in self._source_lines(code - 1))
         return next((line for line in lines if not line.startswith("cuda_emulator.h")), "?")
 
+    def _base(self) -> int:
+        """Where in memory the library begins."""
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        return next(int(line.split("-")[0], 16) for line in maps if line.endswith(str(self.path.resolve())))
+
     @functools.cache  # noqa: B019 - libraries live as long as the process
     def _source_lines(self, address: int) -> list[tuple[str, str]]:
         """Function and file:line of an address in the library, and of those it is inlined into."""
-        base = next(
-            int(line.split("-")[0], 16)
-            for line in Path("/proc/self/maps").read_text().splitlines()
-            if line.endswith(str(self.path.resolve()))
-        )
-        lines = _run("addr2line", "-fiC", "-e", self.path, hex(max(address - base, 0))).splitlines()
-        functions = [re.sub(r"\(.*|.*::(?=\w)", "", line) for line in lines[::2]]
+        lines = _run("addr2line", "-fiC", "-e", self.path, hex(max(address - self._base(), 0))).splitlines()
+        functions = [_function_name(line) for line in lines[::2]]
         places = [re.sub(r" \(discriminator.*", "", line.rpartition("/")[2]) for line in lines[1::2]]
         return list(zip(functions, places, strict=True))

@@ -96,14 +96,19 @@ struct MultiplyOperand {
 // d += a b for a 16 x K times K x 8 product whose fragments have been gathered.
 template <int K>
 void multiply(Operands lanes, const float (&a)[16][K], const float (&b)[K][8]) {
+  double sums[16][8] = {};
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < K; ++k) {
+      for (int column = 0; column < 8; ++column) {
+        sums[row][column] += static_cast<double>(a[row][k]) * static_cast<double>(b[k][column]);
+      }
+    }
+  }
   for (int lane = 0; lane < kWarp; ++lane) {
     const int g = lane / 4, t = lane % 4;
     float* d = lane_of<MultiplyOperand>(lanes, lane).d;
     for (int i = 0; i < 4; ++i) {
-      const int row = i < 2 ? g : g + 8, column = 2 * t + i % 2;
-      double sum = d[i];
-      for (int k = 0; k < K; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
-      d[i] = static_cast<float>(sum);
+      d[i] = static_cast<float>(d[i] + sums[i < 2 ? g : g + 8][2 * t + i % 2]);
     }
   }
 }
