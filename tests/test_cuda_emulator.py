@@ -333,6 +333,7 @@ SENTENCES = {
     "write_through_const": "writes argument 0 .*, which is const",
     "output_left_out": "nothing wrote element 77 of argument 1 of .*, which is an output",
     "overflow_of_an_index": "overflow of a signed product",
+    "overflow_in_the_launcher": "^in the launcher: overflow of a signed product",
     "no_wait_group": "reads dynamic shared memory .*, which a cp.async of its own still owns",
     "no_commit": "reads dynamic shared memory .*, which a cp.async of .* still owns",
     "wait_group_for_one_too_few": "which a cp.async of its own still owns",
@@ -399,6 +400,71 @@ def test_the_emulator_goes_on_after_a_fault(seeded: Kernels) -> None:
         with pytest.raises(Fault):
             seeded_run(seeded, kernel, True, "forward")
         seeded_run(seeded, kernel, False, "forward")
+
+
+# An access of a random program: thread, first byte, end, whether it writes, barriers and warp barriers before.
+Access = tuple[int, int, int, bool, int, int]
+
+
+def random_program(
+    rng: np.random.Generator, blocks: int, density: float
+) -> tuple[NDArray[np.int32], NDArray[np.int32], list[Access]]:
+    """Steps of 64 threads a block in which few of them access a few bytes, and some join others."""
+    steps, threads = 6, 64 * blocks
+    program = np.zeros((steps, threads), np.int32)
+    joins = rng.choice([0, 0, 1, 2, 3, 4], steps).astype(np.int32)
+    accesses: list[Access] = []
+    barriers, warp_barriers = 0, [0, 0]
+    for step in range(steps):
+        for thread in np.flatnonzero(rng.random(threads) < density):
+            size_log2 = int(rng.integers(3))
+            address = int(rng.integers(32 >> size_log2)) << size_log2
+            writes = bool(rng.random() < 0.3)
+            program[step, thread] = (2 if writes else 1) | size_log2 << 2 | address << 4
+            meetings = warp_barriers[thread // 32 % 2]
+            accesses.append((int(thread), address, address + (1 << size_log2), writes, barriers, meetings))
+        barriers += int(joins[step]) >> 2
+        warp_barriers = [count + (int(joins[step]) >> warp & 1) for warp, count in enumerate(warp_barriers)]
+    return program, joins, accesses
+
+
+def has_race(accesses: list[Access]) -> bool:
+    """Two threads' accesses to a byte, one a write, with no barrier of the block or of their warp between."""
+    for i, (thread, begin, end, writes, barriers, meetings) in enumerate(accesses):
+        for other, other_begin, other_end, other_writes, other_barriers, other_meetings in accesses[:i]:
+            if thread == other or not (writes or other_writes) or begin >= other_end or other_begin >= end:
+                continue
+            if thread // 64 != other // 64:
+                return True
+            joined = thread // 32 == other // 32 and meetings != other_meetings
+            if barriers == other_barriers and not joined:
+                return True
+    return False
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("memory", ["shared", "global"])
+def test_a_random_program_is_stopped_if_and_only_if_it_has_a_race(
+    instructions: Kernels, memory: str, order: Order
+) -> None:
+    rng = np.random.default_rng(0)
+    racy = 0
+    for i in range(400):
+        blocks = 1 if memory == "shared" else int(rng.integers(1, 3))
+        program, joins, accesses = random_program(rng, blocks, rng.choice([0.01, 0.02, 0.04]))
+        y = np.zeros(32, np.uint8)
+        argument = None if memory == "shared" else y
+        arguments = (program, joins, len(program), blocks, argument)
+        expected = has_race(accesses)
+        racy += expected
+        try:
+            instructions.run("launch_program", *arguments, order=order, seed=i)
+        except Fault as fault:
+            assert expected, f"program {i}: {fault}"  # noqa: PT017 - most programs must not raise
+            assert "race" in str(fault)  # noqa: PT017
+        else:
+            assert not expected, f"program {i} has a race"
+    assert 100 < racy < 300
 
 
 def test_arguments_must_fit(seeded: Kernels) -> None:

@@ -19,8 +19,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+UNUSED_SECONDS = 3 * 24 * 3600
 
 Order: TypeAlias = Literal["forward", "reverse", "random", "interleaved"]
 ORDERS: tuple[Order, ...] = ("forward", "reverse", "random", "interleaved")
@@ -126,18 +129,16 @@ def build(*sources: str | Path, replacements: Iterable[Replacement] = ()) -> Ker
 
 
 def folder() -> Path:
-    default = Path(tempfile.gettempdir()) / f"maskcore-cuda-emulator-{os.getuid()}"
-    path = Path(os.environ.get("MASKCORE_CUDA_EMULATOR", default))
+    """Where compiled libraries are kept; those that were not used for three days are removed."""
+    cache = Path(os.environ.get("MASKCORE_CACHE") or Path.home() / ".cache" / "maskcore")
+    path = cache / "cuda_emulator"
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def has_compiler() -> bool:
-    return shutil.which(_compiler()) is not None
-
-
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
+    """GCC on Linux: its instrumentation, and its debugging tools for the faults' source lines."""
+    return sys.platform == "linux" and all(map(shutil.which, ("g++", "nm", "c++filt", "addr2line")))
 
 
 def _run(*command: str | Path) -> str:
@@ -150,14 +151,17 @@ def _run(*command: str | Path) -> str:
 @functools.cache
 def _fused_multiply_add() -> list[str]:
     """Without the instruction fmaf is a slow function; its results are the same."""
-    done = subprocess.run(
-        [_compiler(), "-march=native", "-dM", "-E", "-xc++", os.devnull], capture_output=True
-    )
+    done = subprocess.run(["g++", "-march=native", "-dM", "-E", "-xc++", os.devnull], capture_output=True)
     return ["-mavx2", "-mfma"] if b"__FMA__" in done.stdout and b"__AVX2__" in done.stdout else []
 
 
+@functools.cache
+def _gcc_version() -> str:
+    return _run("g++", "--version")
+
+
 def _hashed(flags: Sequence[str], texts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256(repr((flags, _compiler())).encode())
+    digest = hashlib.sha256(repr((flags, _gcc_version())).encode())
     for text in texts:
         digest.update(hashlib.sha256(text).digest())
     return digest.hexdigest()[:16]
@@ -171,8 +175,9 @@ def _compile(source: Path, flags: Sequence[str], includes: Sequence[Path], depen
     if not made.exists():
         partial = made.with_suffix(f".{os.getpid()}-{threading.get_ident()}.o")
         search = [f"-I{path}" for path in includes]
-        _run(_compiler(), *flags, *search, "-c", source, "-o", partial)
+        _run("g++", *flags, *search, "-c", source, "-o", partial)
         partial.replace(made)
+    made.touch()
     return made
 
 
@@ -180,8 +185,9 @@ def _link(name: str, objects: Sequence[Path], libraries: Sequence[Path]) -> Path
     made = folder() / f"{name}-{_hashed([], [str(path).encode() for path in (*objects, *libraries)])}.so"
     if not made.exists():
         partial = made.with_suffix(f".{os.getpid()}-{threading.get_ident()}.so")
-        _run(_compiler(), "-shared", *objects, *libraries, "-Wl,-z,defs", "-o", partial)
+        _run("g++", "-shared", *objects, *libraries, "-Wl,-z,defs", "-o", partial)
         partial.replace(made)
+    made.touch()
     return made
 
 
@@ -192,6 +198,9 @@ def _headers(path: Path) -> bytes:
 @functools.cache
 def _runtime() -> Path:
     """The emulator itself, which every library of kernels shares."""
+    for file in folder().iterdir():
+        if time.time() - file.stat().st_mtime > UNUSED_SECONDS:
+            file.unlink(missing_ok=True)
     sources = sorted(HERE.glob("*.cpp"))
     headers = _headers(HERE)
     with ThreadPoolExecutor(2) as pool:
@@ -473,9 +482,9 @@ class Kernels:
         sentence = self.emulator.cuda_emulator_take_fault(ctypes.byref(kernel), ctypes.byref(code))
         if sentence is None:
             return
-        function = self._source_lines(kernel.value or 0)[0][0]
+        where = f"kernel {self._source_lines(kernel.value)[0][0]}, " if kernel.value else ""
         place = f" [{self._place(code.value)}]" if code.value else ""
-        raise Fault(f"kernel {function}, {sentence.decode()}{place}")
+        raise Fault(f"{where}{sentence.decode()}{place}")
 
     def _traffic(self) -> list[Traffic]:
         code, shared, writes = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()

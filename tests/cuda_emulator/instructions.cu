@@ -123,6 +123,34 @@ __global__ void order_kernel(int* sequence, int* count) {
   sequence[atomicAdd(count, 1)] = thread;
 }
 
+// Every thread goes through its column of `program`, [steps][threads]: bits 0..1 nothing, read or write, bits
+// 2..3 the access's size as a power of two, from bit 4 on its address. After a step, `joins` says who joins
+// whom: bit 0 warp 0, bit 1 warp 1, bit 2 the block.
+__global__ void program_kernel(const int* program, const int* joins, int steps, unsigned char* global) {
+  unsigned char* const shared = dynamic_shared<unsigned char>();
+  unsigned char* const memory = global == nullptr ? shared : global;
+  const int threads = static_cast<int>(gridDim.x * blockDim.x);
+  const int thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (global == nullptr) {
+    if (threadIdx.x < 32) shared[threadIdx.x] = 0;
+    __syncthreads();
+  }
+  unsigned sum = 0;
+  for (int step = 0; step < steps; ++step) {
+    const int access = program[step * threads + thread];
+    unsigned char* const at = memory + (access >> 4);
+    const int kind = access & 3, size = access >> 2 & 3;
+    if (kind == 1 && size == 0) sum += *at;
+    if (kind == 1 && size == 1) sum += *reinterpret_cast<uint16_t*>(at);
+    if (kind == 1 && size == 2) sum += *reinterpret_cast<uint32_t*>(at);
+    if (kind == 2 && size == 0) *at = static_cast<unsigned char>(sum);
+    if (kind == 2 && size == 1) *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(sum);
+    if (kind == 2 && size == 2) *reinterpret_cast<uint32_t*>(at) = sum;
+    if ((joins[step] & 4) != 0) __syncthreads();
+    if ((joins[step] >> (threadIdx.x / 32) & 1) != 0) __syncwarp();
+  }
+}
+
 __constant__ const float kTable[4] = {1.5f, 2.5f, 3.5f, 4.5f};
 __global__ void constants_kernel(const float* x, float* y) {
   const float* entry = kTable + threadIdx.x % 4;
@@ -202,6 +230,10 @@ cudaError_t launch_index(unsigned* seen, cudaStream_t stream) {
 }
 cudaError_t launch_order(int* sequence, int* count, cudaStream_t stream) {
   return launch(order_kernel, 2, 64, 0, stream, sequence, count);
+}
+cudaError_t launch_program(const int* program, const int* joins, int steps, int blocks, unsigned char* global,
+                           cudaStream_t stream) {
+  return launch(program_kernel, static_cast<unsigned>(blocks), 64, 32, stream, program, joins, steps, global);
 }
 cudaError_t launch_constants(const float* x, float* y, cudaStream_t stream) {
   return launch(constants_kernel, 1, 32, 0, stream, x, y);

@@ -250,8 +250,7 @@ std::vector<uint64_t> block_order(uint64_t blocks) {
 
 void set_fault(const void* code, const std::string& text) {
   machine.faulted = true;
-  if (first_fault.kernel == nullptr && first_fault.text.empty())
-    first_fault = {text, machine.launch.kernel, code};
+  if (first_fault.text.empty()) first_fault = {text, machine.launch.kernel, code};
 }
 
 std::string formatted(const char* format, va_list arguments) {
@@ -306,6 +305,10 @@ cudaError_t run(const Launch& launch) {
   machine.block_threads = static_cast<int>(bx * by * bz);
   clock_.launch = ++clock_.now;
   begin_launch_memory(launch);
+  const auto finished = [](cudaError_t error) {
+    machine.launch.kernel = nullptr;  // what comes now is the launcher's fault
+    return error;
+  };
   for (const uint64_t b : block_order(uint64_t{gx} * gy * gz)) {
     run_block({static_cast<unsigned>(b % gx), static_cast<unsigned>(b / gx % gy),
                static_cast<unsigned>(b / gx / gy)});
@@ -313,11 +316,10 @@ cudaError_t run(const Launch& launch) {
       // The fibers are left where they stand: each begins anew the next time.
       std::fill(std::begin(machine.begun), std::end(machine.begun), false);
       for (Thread& thread : threads) thread.async = {};
-      return cudaErrorLaunchFailure;
+      return finished(cudaErrorLaunchFailure);
     }
   }
-  ++clock_.now;
-  return cudaSuccess;
+  return finished(cudaSuccess);
 }
 
 void block_barrier(Place place) {

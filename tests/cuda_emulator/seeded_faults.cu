@@ -388,6 +388,13 @@ cudaError_t launch_block_writes_what_another_read(const float* x, float* y, bool
   return launch(block_writes_what_another_read, 4, kThreads, 0, stream, x, y, faulty);
 }
 
+// The launcher itself is instrumented as well.
+cudaError_t launch_overflow_in_the_launcher(const float* x, float* y, bool faulty, cudaStream_t stream) {
+  int elements = 1;
+  for (int i = 0; i < (faulty ? 5 : 1); ++i) elements *= static_cast<int>(kElements);
+  return launch(copy, elements == kElements ? 4 : 1, kThreads, 0, stream, x, y);
+}
+
 #define LAUNCHER(kernel, blocks, threads, shared_bytes)                                     \
   cudaError_t launch_##kernel(const float* x, float* y, bool faulty, cudaStream_t stream) { \
     return launch(kernel, blocks, threads, shared_bytes, stream, x, y, faulty);             \
