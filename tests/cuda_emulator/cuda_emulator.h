@@ -6,19 +6,16 @@
 // instead of a sanitizer's runtime. Every thread of a block is a fiber on one host thread; machine.cpp
 // switches between them at barriers and warp instructions, in one of four orders (forward, reverse, random by
 // seed, or one warp after the other), and runs one block after the other, in the same order. warp.cpp has the
-// warp instructions, with the fragment layouts of the PTX ISA.
+// warp instructions, with the fragment layouts of the PTX ISA; traffic.cpp counts bank conflicts and sectors.
 //
 // What is detected, each with a sentence that names kernel, block, thread, address and source line:
 //  - an access outside of the tensors given to the kernel, of the block's shared memory, or of a local array;
 //  - an access that is not aligned to its size; 16 bytes for cp.async's and ldmatrix's rows;
 //  - a read of shared or global memory that nothing has written, a write through a pointer to const;
-//  - an access to bytes that a cp.async in flight owns. The bytes arrive at the cp.async.wait_group that
-//  waits
-//    for them and not before, so that a missing wait also gives wrong results; one never waited for is a
-//    fault;
+//  - an access to bytes that a cp.async in flight owns. They arrive at the cp.async.wait_group that waits for
+//    them and not before, so that a missing wait also gives wrong results; one never waited for is a fault;
 //  - a race: two threads of a block access a byte, one of them writes, and neither a barrier nor, within a
-//  warp,
-//    a __syncwarp lies between. Shuffles, votes and mma order no memory here, as CUDA promises none;
+//    warp, a __syncwarp lies between. Shuffles, votes and mma order no memory here, as CUDA promises none;
 //  - a race of two blocks: no block may read or write in global memory what another one writes in a launch;
 //  - divergence: threads that end, or wait elsewhere, while others wait at a barrier or warp instruction;
 //    different masks; a shuffle from a lane that takes no part;
@@ -26,9 +23,11 @@
 //
 // What is not. Time, registers and caches are nvcc's and the GPU's business. Nothing is seen of a compiler's
 // mistakes in device code, nor of memory order weaker than "ordered or a race": fences and flags between
-// blocks are refused as races. Local arrays may be read before they are written. The tensor core's sums are
-// rounded once an instruction, from exact products; a GPU's last bits differ. Blocks may use partial masks in
-// shuffles and votes, but not in __syncwarp. Not there: clusters, TMA, wgmma, textures, streams that overlap.
+// blocks are refused as races. Local arrays may be read before they are written; static shared arrays of one
+// source file are one piece of memory, within which only an index beyond its own array is found. The tensor
+// core's sums are rounded once an instruction, from exact products; a GPU's last bits differ. Blocks may use
+// partial masks in shuffles and votes, but not in __syncwarp. Not there: clusters, TMA, wgmma, textures,
+// streams that overlap.
 #pragma once
 
 #include <algorithm>
