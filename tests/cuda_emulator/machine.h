@@ -54,8 +54,7 @@ struct Running {
 extern Running running;
 
 // Time advances at barriers and at __syncwarp, never goes back, and is kept beside every byte accessed. What
-// happened before `barrier` (the block's latest), or within the warp before `warps[warp]`, is ordered before
-// now.
+// happened before `barrier` (the block's latest), or in the warp before `warps[warp]`, is ordered before now.
 struct Clock {
   uint64_t now = 1;  // 0 is never; 1 is before the first launch
   uint64_t launch = 0, block = 0, barrier = 0;
@@ -78,8 +77,7 @@ void end_thread_memory(const void* code);
 void check_shared_read(const void* address, size_t bytes, const void* code);
 extern size_t shared_bytes_limit;
 
-// traffic.cpp: accesses are recorded while `counts_traffic`, and put together at the end of a barrier
-// interval.
+// traffic.cpp: while `counts_traffic`, accesses are recorded, and put together between two barriers.
 extern bool counts_traffic;
 void record_traffic(const void* code, uintptr_t address, size_t bytes, bool shared, bool writes);
 void end_traffic_interval(int block_threads);
