@@ -1,15 +1,15 @@
 // Batch normalisation around a convolution (Ioffe & Szegedy 2015), M = N*P*Q pixels, a channel:
-//   forward   mean = sum(z) / M;  var = sum((z - mean)^2) / M;  y = max(scale z + shift, 0)
-//             scale = gamma / sqrt(var + eps), shift = beta - mean scale
-//   backward  g = dy where scale z + shift > 0, else 0;  dbeta = sum(g);  dgamma = inv_std sum(g (z - mean))
+//   forward   mean = sum(z) / M;  var = sum((z - mean)^2) / M;  y = max(scale (z - mean) + beta, 0)
+//             scale = gamma / sqrt(var + eps)
+//   backward  g = dy where scale (z - mean) + beta > 0, else 0;  dbeta = sum(g);  dgamma = inv_std sum(g (z - mean))
 // All of it is bound by memory: one pass over z forward (the sums of a tile are taken in the convolution's epilogue
 // while they are in registers), one over dy and z backward. Sums over tiles or over ranges of pixels are
 // float32, they are added in double in an order fixed by the shape: the same bits in each run.
 // Sums of squares are taken about a pivot near the mean, so that a large mean costs no precision (Chan, Golub &
 // LeVeque 1983).
 //
-// Budget: at most 40 registers in a block of 256 threads and 16 KB of shared memory (8 rows of 256 channels'
-// sums), 6 blocks a processor, 48 warps of 48 or of 64.
+// Budget, blocks of 256 threads: apply_batch_norm 64 registers, 4 blocks, 32 warps; add_gradients 80 registers and 16 KB
+// of shared memory (256 threads' sums of 8 channels), 3 blocks, 24 warps; the others 40 registers, 6 blocks.
 #pragma once
 
 #include <algorithm>
@@ -23,14 +23,9 @@ namespace maskcore {
 constexpr int kChannelThreads = 32, kGroupThreads = 8;  // of a block that adds sums channel by channel
 constexpr int kNormThreads = 256;
 
-struct Affine {
-  float scale, shift;
-};
-
 /// The one formula that the forward and the backward pass use, so that they cut at the same z.
-__device__ __forceinline__ Affine affine(float gamma, float beta, float mean, float var, double eps) {
-  const float scale = static_cast<float>(gamma / sqrt(var + eps));
-  return {scale, beta - mean * scale};
+__device__ __forceinline__ float scale_of(float gamma, float var, double eps) {
+  return static_cast<float>(gamma / sqrt(var + eps));
 }
 
 /// Adds up a pair of doubles over the kGroupThreads threads of a channel; the first one has the result.
@@ -50,7 +45,7 @@ __device__ __forceinline__ double2 add_groups(double first, double second, doubl
 
 /// The tiles' moments [tiles][3][K] (pivot, sum of z - pivot, of its square) of `counts` pixels -> of each of
 /// gridDim.y ranges of tiles the sums about the first tile's pivot: parts [gridDim.y][K].
-inline __global__ void __launch_bounds__(kNormThreads, 6)
+__global__ void __launch_bounds__(kNormThreads, 6)
     add_moments_kernel(const float* moments, const int* counts, int tiles, int K, double2* parts) {
   const int k = static_cast<int>(blockIdx.x * kChannelThreads + threadIdx.x);
   const int part = static_cast<int>(blockIdx.y), size = (tiles + static_cast<int>(gridDim.y) - 1) / static_cast<int>(gridDim.y);
@@ -69,11 +64,10 @@ inline __global__ void __launch_bounds__(kNormThreads, 6)
   if (threadIdx.y == 0 && k < K) parts[static_cast<int64_t>(part) * K + k] = total;
 }
 
-/// parts [count][K] -> mean, var [K] and what is applied to z.
-inline __global__ void __launch_bounds__(kNormThreads, 6)
+/// parts [count][K] -> mean, var, scale [K]
+__global__ void __launch_bounds__(kNormThreads, 6)
     finish_moments_kernel(const double2* parts, int count, const float* moments, double pixels,
-                          const float* gamma, const float* beta, double eps, int K, float* mean, float* var,
-                          float* scale, float* shift) {
+                          const float* gamma, double eps, int K, float* mean, float* var, float* scale) {
   const int k = static_cast<int>(blockIdx.x * kChannelThreads + threadIdx.x);
   double sum = 0.0, squares = 0.0;
   if (k < K) {
@@ -90,25 +84,10 @@ inline __global__ void __launch_bounds__(kNormThreads, 6)
     const double variance = total.y / pixels - offset * offset;
     // Not a maximum: a NaN stays.
     const float v = static_cast<float>(variance < 0.0 ? 0.0 : variance);
-    const Affine a = affine(gamma[k], beta[k], m, v, eps);
     mean[k] = m;
     var[k] = v;
-    scale[k] = a.scale;
-    shift[k] = a.shift;
+    scale[k] = scale_of(gamma[k], v, eps);
   }
-}
-
-/// The first three arrays of BatchNormCoefficients [channels], zeros from K on.
-inline __global__ void __launch_bounds__(kNormThreads, 6)
-    find_coefficients_kernel(const float* gamma, const float* beta, const float* mean, const float* var,
-                             double eps, int K, int channels, float* scale, float* shift, float* mean_copy) {
-  const int k = static_cast<int>(blockIdx.x * kNormThreads + threadIdx.x);
-  if (k >= channels) return;
-  const bool there = k < K;
-  const Affine a = there ? affine(gamma[k], beta[k], mean[k], var[k], eps) : Affine{};
-  scale[k] = a.scale;
-  shift[k] = a.shift;
-  mean_copy[k] = there ? mean[k] : 0.0f;
 }
 
 /// A range of pixels by kLanes adjacent channels a thread: threads of a row share a pixel.
@@ -134,17 +113,19 @@ struct ChannelRows {
   }
 };
 
-/// y = max(scale z + shift, 0) of gridDim.y ranges of `size` pixels.
+/// y = max(scale (z - mean) + beta, 0) of gridDim.y ranges of `size` pixels.
 template <class T>
-__global__ void __launch_bounds__(kNormThreads, 6)
-    apply_batch_norm_kernel(const T* z, const float* scale, const float* shift, int64_t pixels, int64_t size,
-                            int K, bool aligned, ChannelRows<T, 16 / sizeof(T)> of, T* y) {
+__global__ void __launch_bounds__(kNormThreads, 4)
+    apply_batch_norm_kernel(const T* z, const float* mean, const float* scale, const float* beta,
+                            int64_t pixels, int64_t size, int K, bool aligned,
+                            ChannelRows<T, 16 / sizeof(T)> of, T* y) {
   constexpr int kLanes = 16 / sizeof(T);
   const int c = of.packet() * kLanes;
   if (c >= K) return;
-  Packet<float, kLanes> a, b;
+  Packet<float, kLanes> m, a, b;
+  m.load_first(mean + c, K - c);
   a.load_first(scale + c, K - c);
-  b.load_first(shift + c, K - c);
+  b.load_first(beta + c, K - c);
   const int64_t end = min(pixels, (blockIdx.y + 1) * size);
 #pragma unroll 2
   for (int64_t pixel = blockIdx.y * size + of.row(); pixel < end; pixel += of.rows()) {
@@ -154,7 +135,7 @@ __global__ void __launch_bounds__(kNormThreads, 6)
     for (int i = 0; i < kLanes; i += 4) {
       float v[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) v[j] = relu(fmaf(a[i + j], in[i + j], b[i + j]));
+      for (int j = 0; j < 4; ++j) v[j] = relu(fmaf(a[i + j], in[i + j] - m[i + j], b[i + j]));
       if (i < K - c) store_channels(y + pixel * K + c + i, v, K - c - i, aligned);
     }
   }
@@ -162,29 +143,34 @@ __global__ void __launch_bounds__(kNormThreads, 6)
 
 /// Of each of gridDim.y ranges of `size` pixels the sums of g and of g (z - mean): parts [gridDim.y][K].
 template <class T>
-__global__ void __launch_bounds__(kNormThreads, 4)
-    add_gradients_kernel(const T* dy, const T* z, BatchNormCoefficients channel, int64_t pixels, int64_t size,
-                         int K, bool aligned, ChannelRows<T, 16 / sizeof(T)> of, float2* parts) {
+__global__ void __launch_bounds__(kNormThreads, 3)
+    add_gradients_kernel(const T* dy, const T* z, const float* gamma, const float* beta, const float* mean,
+                         const float* var, double eps, int64_t pixels, int64_t size, int K, bool aligned,
+                         ChannelRows<T, 16 / sizeof(T)> of, float2* parts) {
   constexpr int kLanes = 16 / sizeof(T);
   float2* const sums = dynamic_shared<float2>();  // [row][thread of the row][kLanes]
   const int c = of.packet() * kLanes;
   float sum_g[kLanes] = {}, sum_gz[kLanes] = {};
   if (c < K) {
-    Packet<float, kLanes> scale, shift, mean;
-    scale.load_aligned(channel.scale + c);
-    shift.load_aligned(channel.shift + c);
-    mean.load_aligned(channel.mean + c);
+    float m[kLanes], a[kLanes], b[kLanes];
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      const int k = min(c + i, K - 1);
+      m[i] = mean[k];
+      a[i] = scale_of(gamma[k], var[k], eps);
+      b[i] = beta[k];
+    }
     const int64_t end = min(pixels, (blockIdx.y + 1) * size);
-#pragma unroll 2
+#pragma unroll(8 / kLanes)
     for (int64_t pixel = blockIdx.y * size + of.row(); pixel < end; pixel += of.rows()) {
       Packet<T, kLanes> dy_in, z_in;
       load_channels(dy_in, dy + pixel * K + c, K - c, aligned);
       load_channels(z_in, z + pixel * K + c, K - c, aligned);
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) {
-        const float g = relu_gradient(dy_in[i], fmaf(scale[i], z_in[i], shift[i]));
+        const float d = z_in[i] - m[i], g = relu_gradient(dy_in[i], fmaf(a[i], d, b[i]));
         sum_g[i] += g;
-        sum_gz[i] = fmaf(g, z_in[i] - mean[i], sum_gz[i]);
+        sum_gz[i] = fmaf(g, d, sum_gz[i]);
       }
     }
   }
@@ -206,10 +192,11 @@ __global__ void __launch_bounds__(kNormThreads, 4)
   }
 }
 
-/// parts [count][K] -> dgamma, dbeta [K] and the last two arrays of BatchNormCoefficients [channels].
-inline __global__ void __launch_bounds__(kNormThreads, 6)
-    finish_gradients_kernel(const float2* parts, int count, double pixels, const float* var, double eps, int K,
-                            int channels, float* dgamma, float* dbeta, float* mean_g, float* slope) {
+/// parts [count][K] -> dgamma, dbeta [K], and what BatchNormReluGradient takes of each channel.
+__global__ void __launch_bounds__(kNormThreads, 6)
+    finish_gradients_kernel(const float2* parts, int count, double pixels, const float* gamma, const float* beta,
+                            const float* mean, const float* var, double eps, int K, float* dgamma, float* dbeta,
+                            float4* channel, float* mean_g) {
   const int k = static_cast<int>(blockIdx.x * kChannelThreads + threadIdx.x);
   double g = 0.0, gz = 0.0;
   if (k < K) {
@@ -220,15 +207,13 @@ inline __global__ void __launch_bounds__(kNormThreads, 6)
     }
   }
   const double2 total = add_groups(g, gz, dynamic_shared<double2>());
-  if (threadIdx.y != 0 || k >= channels) return;
-  const double inv_std = k < K ? 1.0 / sqrt(var[k] + eps) : 0.0;
-  const double sum_g_zhat = total.y * inv_std;
+  if (threadIdx.y != 0 || k >= K) return;
+  const double inv_std = 1.0 / sqrt(var[k] + eps), sum_g_zhat = total.y * inv_std;
+  const float scale = scale_of(gamma[k], var[k], eps);
+  dgamma[k] = static_cast<float>(sum_g_zhat);
+  dbeta[k] = static_cast<float>(total.x);
+  channel[k] = make_float4(mean[k], scale, beta[k], static_cast<float>(-scale * inv_std * sum_g_zhat / pixels));
   mean_g[k] = static_cast<float>(total.x / pixels);
-  slope[k] = static_cast<float>(inv_std * sum_g_zhat / pixels);
-  if (k < K) {
-    dgamma[k] = static_cast<float>(sum_g_zhat);
-    dbeta[k] = static_cast<float>(total.x);
-  }
 }
 
 // ---- launching -----------------------------------------------------------------------------------

@@ -9,14 +9,12 @@
 namespace maskcore {
 namespace {
 
-int64_t padded_channels(int64_t K) { return round_up(K, BatchNormCoefficients::kChannelAlign); }
-
 struct TrainWorkspace {
   void* packed;
   float* moments;
   int* counts;
   double2* parts;
-  float *scale, *shift;
+  float* scale;
   int64_t tiles, bytes;
 
   TrainWorkspace(const ConvCall& call, void* memory) {
@@ -28,20 +26,21 @@ struct TrainWorkspace {
     counts = pieces.take<int>(tiles);
     parts = pieces.take<double2>(moment_parts(tiles) * s.K);
     scale = pieces.take<float>(s.K);
-    shift = pieces.take<float>(s.K);
     bytes = pieces.used;
   }
 };
 
 struct BackwardWorkspace {
-  float* coefficients;
+  float4* channel;
+  float* mean_g;
   float2* parts;
   Pieces rest;
   int64_t bytes;
 
   BackwardWorkspace(const ConvCall& call, void* memory) : rest{static_cast<unsigned char*>(memory)} {
     const ConvSize& s = call.size;
-    coefficients = rest.take<float>(5 * padded_channels(s.K));
+    channel = rest.take<float4>(s.K);
+    mean_g = rest.take<float>(s.K);
     parts = rest.take<float2>(gradient_parts(s.N * s.P * s.Q) * s.K);
     bytes = rest.used + backward_bytes(s);
   }
@@ -83,14 +82,14 @@ cudaError_t launch_conv_bn_relu_train(const ConvCall& call, const void* x, const
                    room.moments, room.counts, static_cast<int>(room.tiles), K, room.parts);
     if (error != cudaSuccess) return error;
     error = launch(&finish_moments_kernel, dim3(columns), block, kAddBytes, stream, room.parts,
-                   static_cast<int>(parts), room.moments, static_cast<double>(pixels), gamma, beta, eps, K, mean,
-                   var, room.scale, room.shift);
+                   static_cast<int>(parts), room.moments, static_cast<double>(pixels), gamma, eps, K, mean, var,
+                   room.scale);
     if (error != cudaSuccess) return error;
 
     const auto rows = ChannelRows<T, 16 / sizeof(T)>::of(s.K);
     const int64_t ranges = std::clamp<int64_t>(pixels / 64, 1, 16384), size = (pixels + ranges - 1) / ranges;
     return launch(&apply_batch_norm_kernel<T>, rows.grid(ranges), dim3(kNormThreads), 0, stream, z_data,
-                  room.scale, room.shift, pixels, size, K, aligned(z_data, s.K) && aligned(y_data, s.K), rows,
+                  mean, room.scale, beta, pixels, size, K, aligned(z_data, s.K) && aligned(y_data, s.K), rows,
                   y_data);
   });
 }
@@ -103,31 +102,26 @@ cudaError_t launch_conv_bn_relu_train_backward(const ConvCall& call, const void*
   return dispatch(call, [&]<class T, class Math>() {
     const ConvSize& s = call.size;
     const BackwardWorkspace room(call, workspace);
-    const int K = static_cast<int>(s.K), channels = static_cast<int>(padded_channels(s.K));
+    const int K = static_cast<int>(s.K);
     const T *const dy_data = static_cast<const T*>(dy), *const z_data = static_cast<const T*>(z);
-    float* const of = room.coefficients;
-    const BatchNormCoefficients channel = BatchNormCoefficients::in(of, s.K);
-    cudaError_t error = launch(&find_coefficients_kernel, dim3(channel_blocks(channels, kNormThreads)),
-                               dim3(kNormThreads), 0, stream, gamma, beta, mean, var, eps, K, channels, of,
-                               of + channels, of + 2 * channels);
-    if (error != cudaSuccess) return error;
-
     const bool vectors = aligned(dy_data, s.K) && aligned(z_data, s.K);
     const int64_t pixels = s.N * s.P * s.Q, parts = gradient_parts(pixels), size = (pixels + parts - 1) / parts;
     const auto rows = ChannelRows<T, 16 / sizeof(T)>::of(s.K);
-    error = launch(&add_gradients_kernel<T>, rows.grid(parts), dim3(kNormThreads),
-                   kNormThreads * (16 / sizeof(T)) * sizeof(float2), stream, dy_data, z_data, channel, pixels,
-                   size, K, vectors, rows, room.parts);
+    cudaError_t error =
+        launch(&add_gradients_kernel<T>, rows.grid(parts), dim3(kNormThreads),
+               kNormThreads * (16 / sizeof(T)) * sizeof(float2), stream, dy_data, z_data, gamma, beta, mean, var,
+               eps, pixels, size, K, vectors, rows, room.parts);
     if (error != cudaSuccess) return error;
-    error = launch(&finish_gradients_kernel, dim3(channel_blocks(channels, kChannelThreads)),
+    error = launch(&finish_gradients_kernel, dim3(channel_blocks(s.K, kChannelThreads)),
                    dim3(kChannelThreads, kGroupThreads), kAddBytes, stream, room.parts, static_cast<int>(parts),
-                   static_cast<double>(pixels), var, eps, K, channels, dgamma, dbeta, of + 3 * channels,
-                   of + 4 * channels);
+                   static_cast<double>(pixels), gamma, beta, mean, var, eps, K, dgamma, dbeta, room.channel,
+                   room.mean_g);
     if (error != cudaSuccess) return error;
 
     const BatchNormReluGradient<T> gradient{.dy = dy_data,
                                             .z = z_data,
-                                            .channel = channel,
+                                            .channel = room.channel,
+                                            .mean_g = room.mean_g,
                                             .H = static_cast<int>(s.P),
                                             .W = static_cast<int>(s.Q),
                                             .C = K,

@@ -44,6 +44,7 @@ constexpr int kTaps = 9;
 constexpr int kPatchPixels = 192;
 constexpr int kPatchBytes = kPatchPixels * kRowBytes;
 constexpr int kResidentBytes = 36 * 1024;
+constexpr int kPositionBytes = 128;  // two, and a line's alignment for what follows
 
 // 16 rows of 32 sums on their way from registers to memory. 8 floats more a row put the 8 bytes that 16 lanes
 // write at once, four rows, into different banks.
@@ -51,7 +52,7 @@ constexpr int kStagePitch = 32 + 8;
 constexpr int kStageBytes = 16 * kStagePitch * 4;
 
 /// kWarpsM x kWarpsN warps of 16 MT x 32 sums each.
-template <class Math_, int kWarpsM_, int kWarpsN_, int MT_, int kStages_, int kBlocks_>
+template <class Math_, int kWarpsM_, int kWarpsN_, int MT_, int kStages_, int kBlocks_, bool kResident_ = false>
 struct HaloTile {
   using Math = Math_;
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, MT = MT_, NT = 4;
@@ -67,15 +68,17 @@ struct HaloTile {
   // Sums are staged where the last slab's patch or, in a block with one tile, anything was.
   static constexpr int kEpilogueBytes = kWarps * (kStageBytes + 4) + kWarpsM * 3 * kTileN * 4;
   static_assert(kEpilogueBytes <= 2 * kPatchBytes + kStages * kTapBytes);
-  static constexpr bool kMayReside = kEpilogueBytes <= kPatchBytes;
+  // Whether the block keeps the whole filter and goes through many tiles.
+  static constexpr bool kResident = kResident_;
+  static_assert(!kResident || kEpilogueBytes <= kPatchBytes);
 };
 
 template <class Math>
 using WideTile = HaloTile<Math, 2, 4, 4, 3, 2>;
 template <class Math>
 using MiddleTile = HaloTile<Math, 2, 2, 4, 2, 4>;
-template <class Math>
-using NarrowTile = HaloTile<Math, 4, 1, 2, 2, 4>;
+template <class Math, bool kResident = false>
+using NarrowTile = HaloTile<Math, 4, 1, 2, 2, 4, kResident>;
 using IeeeTile = HaloTile<Ieee, 4, 2, 2, 2, 2>;
 
 /// w[K,C,3,3] -> [slab][tap][row of output channel][slab's channels], rounded, zero where there is no channel:
@@ -110,7 +113,6 @@ struct HaloConvolution {
   const uint4* filter;  // packed
   int slabs;
   int filter_rows;  // output channels rounded up to whole tiles
-  bool resident;
 };
 
 /// Brings the patch of one (tile, slab) into shared memory, item by item.
@@ -229,8 +231,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     conv_halo_tile_kernel(const HaloConvolution<Source, Epilogue> conv) {
   using Math = typename Tile::Math;
   constexpr int kRows = Tile::MT * kRowsPerBlock<Math>;
-  unsigned char* const shared = dynamic_shared<unsigned char>();
-  constexpr int kFilters = 2 * kPatchBytes;  // where they begin, behind the two patches
+  // Positions of this tile and of the next one, two patches, filters.
+  int4* const positions = dynamic_shared<int4>();
+  unsigned char* const shared = dynamic_shared<unsigned char>() + kPositionBytes;
+  constexpr int kFilters = 2 * kPatchBytes;
   const Tiling& tiling = conv.tiling;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_m = warp / Tile::kWarpsN * 16 * Tile::MT, warp_n = warp % Tile::kWarpsN * 8 * Tile::NT;
@@ -250,54 +254,57 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
   PatchLoader<Tile, Source> loader{tiling, conv.source, {}};
   int tile = static_cast<int>(blockIdx.x) / k_tiles;
-  Tiling::Position at = tiling.position(tile);
-  if (conv.resident) {
+  const int stride = static_cast<int>(gridDim.x) / k_tiles;
+  if (thread < 2) tiling.store_position(tile + thread * stride, positions + thread);
+  if constexpr (Tile::kResident) {
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) load_filter(step, step);
   }
+  const Tiling::Position first = tiling.position(tile);
 #pragma unroll 1
   for (int i = 0; i < Tile::kItems; ++i) {
-    loader.start(at, 0, i, shared);
+    loader.start(first, 0, i, shared);
     loader.finish(0, i, shared);
   }
 #pragma unroll 1
   for (int step = 0; step < Tile::kStages - 1; ++step) {
-    if (!conv.resident) load_filter(step, step);
+    if (!Tile::kResident) load_filter(step, step);
     cp_async_commit();
   }
 
   int patch = 0;  // where that in use begins; the other one is being filled
-  int slot = 0;
+  int slot = 0, turn = 0;  // turn: which of the two positions is this tile's
+  __syncthreads();
   while (true) {
     int window[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      window[i] = tiling.window<Epilogue::kWindows>(at, warp_m + named_row<Math>(i, lane));
+      window[i] = tiling.window<Epilogue::kWindows>(Tiling::load(positions + turn),
+                                                    warp_m + named_row<Math>(i, lane));
     }
     float acc[Tile::MT][Tile::NT][4] = {};
-    const int next_tile = tile + static_cast<int>(gridDim.x) / k_tiles;
-    const bool last_tile = !conv.resident || next_tile >= tiling.tiles;
-    Tiling::Position load_at = at;
+    const bool last_tile = !Tile::kResident || tile + stride >= tiling.tiles;
+    int load_turn = turn;
 #pragma unroll 1
     for (int slab = 0; slab < conv.slabs; ++slab) {
       int load_slab = slab + 1;
       if (load_slab == conv.slabs && !last_tile) {
         load_slab = 0;
-        load_at = tiling.position(next_tile);
+        load_turn = turn ^ 1;
       }
 #pragma unroll 1
       for (int tap = 0; tap < kTaps; ++tap) {
         cp_async_wait<Tile::kStages - 2>();
         __syncthreads();
         const int step = slab * kTaps + tap;
-        if (!conv.resident && step + Tile::kStages - 1 < steps) {
+        if (!Tile::kResident && step + Tile::kStages - 1 < steps) {
           load_filter(step + Tile::kStages - 1, slot == 0 ? Tile::kStages - 1 : slot - 1);
         }
         const bool loads = load_slab < conv.slabs && tap < Tile::kItems;
-        if (loads) loader.start(load_at, load_slab, tap, shared + (kPatchBytes - patch));
+        if (loads) loader.start(Tiling::load(positions + load_turn), load_slab, tap, shared + (kPatchBytes - patch));
         cp_async_commit();
         const unsigned char* filter =
-            shared + kFilters + (conv.resident ? step : slot) * Tile::kTapBytes + warp_n * kRowBytes;
+            shared + kFilters + (Tile::kResident ? step : slot) * Tile::kTapBytes + warp_n * kRowBytes;
         const int r = quotient(tap, 1.0f / 3.0f);
         multiply_rows<Math>(acc, shared + patch, window, r * tiling.pitch + tap - 3 * r, filter, lane);
         if (loads) loader.finish(load_slab, tap, shared + (kPatchBytes - patch));
@@ -306,8 +313,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       patch = kPatchBytes - patch;
     }
 
+    const Tiling::Position at = Tiling::load(positions + turn);
     __syncthreads();  // the others may still read what the sums are staged over
-    unsigned char* const free = shared + (conv.resident ? kPatchBytes - patch : 0);
+    if (thread == 0 && !last_tile) tiling.store_position(tile + 2 * stride, positions + turn);
+    unsigned char* const free = shared + (Tile::kResident ? kPatchBytes - patch : 0);
     float* const stage = reinterpret_cast<float*>(free + warp * kStageBytes);
     float* const records = reinterpret_cast<float*>(free + Tile::kWarps * kStageBytes);
     const int record = warp / Tile::kWarpsN * 3 * Tile::kTileN + warp_n;
@@ -336,8 +345,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       }
     }
     if (last_tile) return;
-    tile = next_tile;
-    at = load_at;
+    tile += stride;
+    turn ^= 1;
   }
 }
 
@@ -351,54 +360,60 @@ inline int64_t packed_filter_bytes(int64_t C, int64_t K) {
   return round_up(C, 16) / 16 * kTaps * round_up(K, 128) * kRowBytes;
 }
 
+/// Bytes of a block's filter, all slabs and taps.
+template <class Tile>
+int64_t block_filter_bytes(const ConvSize& s) {
+  return round_up(s.C, Tile::kSlab) / Tile::kSlab * kTaps * Tile::kTapBytes;
+}
+
 template <class Tile, class Source, class Epilogue>
 cudaError_t launch_halo_tile(const ConvCall& call, const ConvSize& s, const Source& source,
                              const Epilogue& epilogue, const float* weight, bool turned, void* packed,
                              cudaStream_t stream) {
   using Math = typename Tile::Math;
-  HaloConvolution<Source, Epilogue> conv{
+  const HaloConvolution<Source, Epilogue> conv{
       .tiling = Tiling::choose(s, Epilogue::kWindows, Tile::kTileM, kPatchPixels),
       .source = source,
       .epilogue = epilogue,
       .filter = static_cast<const uint4*>(packed),
       .slabs = static_cast<int>(round_up(s.C, Tile::kSlab) / Tile::kSlab),
-      .filter_rows = static_cast<int>(round_up(s.K, Tile::kTileN)),
-      .resident = false};
+      .filter_rows = static_cast<int>(round_up(s.K, Tile::kTileN))};
+  if (conv.tiling.tiles == 0) return cudaErrorInvalidValue;
   const int64_t chunks = static_cast<int64_t>(conv.slabs) * kTaps * conv.filter_rows * kRowChunks;
   const cudaError_t error = launch(&pack_filter_kernel<Math>, dim3(static_cast<unsigned>((chunks + 255) / 256)),
                                    dim3(256), 0, stream, weight, static_cast<int>(s.K), static_cast<int>(s.C),
                                    conv.slabs, conv.filter_rows, turned, static_cast<uint4*>(packed));
   if (error != cudaSuccess) return error;
-  if (conv.tiling.tiles == 0) return cudaErrorInvalidValue;
 
-  const int k_tiles = conv.filter_rows / Tile::kTileN;
-  const int filter_bytes = conv.slabs * kTaps * Tile::kTapBytes;
-  int64_t blocks = conv.tiling.tiles;
-  size_t shared = 2 * kPatchBytes + Tile::kStages * Tile::kTapBytes;
-  if (Tile::kMayReside && k_tiles == 1 && filter_bytes <= kResidentBytes) {
-    conv.resident = true;
-    shared = 2 * kPatchBytes + static_cast<size_t>(filter_bytes);
+  int64_t blocks = static_cast<int64_t>(conv.tiling.tiles) * (conv.filter_rows / Tile::kTileN);
+  int64_t filter = Tile::kStages * Tile::kTapBytes;
+  if constexpr (Tile::kResident) {
     blocks = std::min(blocks, static_cast<int64_t>(call.multiprocessors) * Tile::kBlocks);
+    filter = block_filter_bytes<Tile>(s);
   }
-  if (blocks * k_tiles > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-  return launch(&conv_halo_tile_kernel<Tile, Source, Epilogue>, dim3(static_cast<unsigned>(blocks * k_tiles)),
-                dim3(Tile::kThreads), shared, stream, conv);
+  if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
+  return launch(&conv_halo_tile_kernel<Tile, Source, Epilogue>, dim3(static_cast<unsigned>(blocks)),
+                dim3(Tile::kThreads), static_cast<size_t>(kPositionBytes + 2 * kPatchBytes + filter), stream, conv);
 }
 
-/// The tile is chosen by the number of output channels: no more than half of it is ever unused.
+/// The tile is chosen by the number of output channels, so that more than half of it is used; the narrow one's
+/// filter stays where it is small enough.
 template <class Math, class Source, class Epilogue>
-cudaError_t convolve(const ConvCall& call, const ConvSize& s, const Source& source,
-                             const Epilogue& epilogue, const float* weight, bool turned, void* packed,
-                             cudaStream_t stream) {
+cudaError_t convolve(const ConvCall& call, const ConvSize& s, const Source& source, const Epilogue& epilogue,
+                     const float* weight, bool turned, void* packed, cudaStream_t stream) {
   const auto with = [&]<class Tile>(Tile*) {
     return launch_halo_tile<Tile>(call, s, source, epilogue, weight, turned, packed, stream);
   };
-  if constexpr (Math::kFragments) {
-    if (s.K <= 32) return with(static_cast<NarrowTile<Math>*>(nullptr));
+  if constexpr (!Math::kFragments) {
+    return with(static_cast<IeeeTile*>(nullptr));
+  } else {
     if (s.K > 64) return with(static_cast<WideTile<Math>*>(nullptr));
+    if (s.K > 32) return with(static_cast<MiddleTile<Math>*>(nullptr));
+    if (block_filter_bytes<NarrowTile<Math>>(s) > kResidentBytes) {
+      return with(static_cast<NarrowTile<Math>*>(nullptr));
+    }
+    return with(static_cast<NarrowTile<Math, true>*>(nullptr));
   }
-  using Tile = std::conditional_t<Math::kFragments, MiddleTile<Math>, IeeeTile>;
-  return with(static_cast<Tile*>(nullptr));
 }
 
 }  // namespace maskcore

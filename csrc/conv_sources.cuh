@@ -192,48 +192,34 @@ struct PooledReluGradient {
   }
 };
 
-/// What batch normalisation's gradient needs of each channel: arrays [channels], zero from C on up to the next
-/// multiple of kChannelAlign.
-struct BatchNormCoefficients {
-  static constexpr int kChannelAlign = 8;
-  const float *scale, *shift, *mean;
-  const float* mean_g;  // mean(g)
-  const float* slope;   // inv_std mean(g zhat)
-
-  /// The five arrays one after another.
-  __host__ __device__ static BatchNormCoefficients in(const float* memory, int64_t C) {
-    const int64_t size = (C + kChannelAlign - 1) / kChannelAlign * kChannelAlign;
-    return {memory, memory + size, memory + 2 * size, memory + 3 * size, memory + 4 * size};
-  }
-};
-
 /// The gradient in front of batch normalisation (batch statistics over M = N*H*W) and ReLU
 /// (Ioffe & Szegedy 2015, section 3):
-///   g = dy where scale z + shift > 0, else 0;   zhat = (z - mean) inv_std
-///   dz = gamma inv_std (g - mean(g) - zhat mean(g zhat))
+///   g = dy where scale (z - mean) + beta > 0, else 0;   zhat = (z - mean) inv_std
+///   dz = gamma inv_std (g - mean(g) - zhat mean(g zhat)) = scale (g - mean_g) + slope (z - mean)
 /// The bias in front of it has no effect: its gradient, the sum of dz, is zero.
 template <class T>
 struct BatchNormReluGradient {
   using Element = T;
   static constexpr bool kPlain = false, kHasBias = false;
-  const T* dy;  // [N,H,W,C]
-  const T* z;   // [N,H,W,C], the convolution's output
-  BatchNormCoefficients channel;
+  const T* dy;            // [N,H,W,C]
+  const T* z;             // [N,H,W,C], the convolution's output
+  const float4* channel;  // [C]: mean, scale, beta, slope
+  const float* mean_g;    // [C]
   int H, W, C;
   bool aligned;
 
   template <int kLanes>
   struct Fetched {
     Packet<T, kLanes> dy, z;
-    bool there;
+    int count;  // of channels that there are
   };
 
   template <int kLanes>
   __device__ __forceinline__ void fetch(const Pixel& pixel, int c, Fetched<kLanes>& fetched) const {
     fetched.dy.clear();
     fetched.z.clear();
-    fetched.there = pixel.inside && c < C;
-    if (fetched.there) {
+    fetched.count = pixel.inside ? C - c : 0;
+    if (fetched.count > 0) {
       const int64_t i = pixel.number(H, W) * C + c;
       load_channels(fetched.dy, dy + i, C - c, aligned);
       load_channels(fetched.z, z + i, C - c, aligned);
@@ -242,21 +228,12 @@ struct BatchNormReluGradient {
   template <int kLanes>
   __device__ __forceinline__ void values(const Fetched<kLanes>& fetched, int c, float (&out)[kLanes]) const {
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) out[i] = 0.0f;
-    if (!fetched.there) return;
-#pragma unroll
-    for (int i = 0; i < kLanes; i += 4) {
-      Packet<float, 4> scale, shift, mean, mean_g, slope;
-      scale.load_aligned(channel.scale + c + i);
-      shift.load_aligned(channel.shift + c + i);
-      mean.load_aligned(channel.mean + c + i);
-      mean_g.load_aligned(channel.mean_g + c + i);
-      slope.load_aligned(channel.slope + c + i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float z = fetched.z[i + j];
-        const float g = relu_gradient(fetched.dy[i + j], fmaf(scale[j], z, shift[j]));
-        out[i + j] = scale[j] * (g - mean_g[j] - (z - mean[j]) * slope[j]);
+    for (int i = 0; i < kLanes; ++i) {
+      out[i] = 0.0f;
+      if (i < fetched.count) {
+        const float4 of = channel[c + i];
+        const float d = fetched.z[i] - of.x, g = relu_gradient(fetched.dy[i], fmaf(of.y, d, of.z));
+        out[i] = fmaf(of.y, g - mean_g[c + i], of.w * d);
       }
     }
   }

@@ -41,13 +41,23 @@ struct Tiling {
   int col_tiles, tiles;
   float inv_tile_cols, inv_window_cols, inv_pitch, inv_stack, inv_padded_stack;
 
-  struct Position {
-    int n, p, q;  // of the tile's first pixel
+  /// A tile's first pixel. 16 bytes: in shared memory, where the kernels keep it, it is read at once.
+  struct alignas(16) Position {
+    int n, p, q, unused;
   };
+
+  static __device__ __forceinline__ Position load(const int4* from) {
+    const int4 four = *from;
+    return {four.x, four.y, four.z, 0};
+  }
+  __device__ __forceinline__ void store_position(int tile, int4* to) const {
+    const Position at = position(tile);
+    *to = make_int4(at.n, at.p, at.q, 0);
+  }
 
   __device__ __forceinline__ Position position(int tile) const {
     const int row = tile / col_tiles * tile_rows;
-    return {row / stack, row % stack, tile % col_tiles * tile_cols};
+    return {row / stack, row % stack, tile % col_tiles * tile_cols, 0};
   }
 
   /// How many of the tile's pixels there are.

@@ -53,14 +53,17 @@ struct GradientTile {
   static constexpr int kGradientRow = kGradientChunks * 16 + kPad, kInputRow = kInputChunks * 16 + kPad;
   static constexpr int kGradientBytes = kPixels * kGradientRow;
   static constexpr int kBufferBytes = kGradientBytes + kMaxPatch * kInputRow;
-  static constexpr int kSharedBytes = 2 * kBufferBytes + 2 * kPixels * 2;
+  static constexpr int kPlaceBytes = 2 * kPixels * 2;
+  static constexpr int kSharedBytes = 2 * kBufferBytes + kPlaceBytes + 2 * 16;
   // Items of g, then of x, one a step.
   static constexpr int kGradientItems = (kPixels * kGradientChunks + kThreads - 1) / kThreads;
   static constexpr int kInputItems = (kMaxPatch * kInputChunks + kThreads - 1) / kThreads;
   static_assert(kGradientItems + kInputItems <= kSteps);
-  // A thread's items of g are the same channels of different pixels, which it adds up for the bias.
+  // A thread's items of g are the same channels of different pixels, which it adds up for the bias; so are
+  // those of lanes that differ in bit 4 (TF32) or 3 and 4 (bf16), which add them up together, as whole warps.
   static_assert(kThreads % kGradientChunks == 0 && kThreads % kInputChunks == 0);
-  static_assert(kThreads * Math::kLanes * 4 <= 2 * kBufferBytes && kTileK <= kThreads);
+  static_assert(kGradientChunks <= 64 / Math::kLanes && kPixels * kGradientChunks % 32 == 0);
+  static_assert(kThreads * 8 <= 2 * kBufferBytes && kTileK <= kThreads);
 
   /// acc += the products of kStepPixels pixels from `pixel0` on. g is [pixel][kTileK] from the warp's first
   /// channel on, x the patch from the warp's first channel on, places[pixel] where in it a pixel's window
@@ -143,6 +146,25 @@ struct GradientTile {
   }
 };
 
+/// Of the sums of v over the lanes that differ in bits 4 and, of eight values, 3: a lane gets two, in v[0] and
+/// v[1], of v's values from shared_out_channel(lane) on. Two registers of sums are so kept instead of eight.
+template <int kValues>
+__device__ __forceinline__ void share_out(float (&v)[kValues], int lane) {
+#pragma unroll
+  for (int half = kValues / 2, bit = 16; half > 1; half /= 2, bit /= 2) {
+    const bool upper = (lane & bit) != 0;
+#pragma unroll
+    for (int j = 0; j < half; ++j) {
+      const float kept = upper ? v[half + j] : v[j], given = upper ? v[j] : v[half + j];
+      v[j] = kept + __shfl_xor_sync(0xffffffffu, given, bit);
+    }
+  }
+}
+template <int kValues>
+__device__ __forceinline__ int shared_out_channel(int lane) {
+  return kValues == 8 ? (lane >> 4 & 1) * 4 + (lane >> 3 & 1) * 2 : (lane >> 4 & 1) * 2;
+}
+
 template <class Source, class Gradient>
 struct WeightGradient {
   Tiling tiling;
@@ -161,6 +183,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   constexpr int kLanes = Math::kLanes;
   unsigned char* const shared = dynamic_shared<unsigned char>();
   uint16_t* const places = reinterpret_cast<uint16_t*>(shared + 2 * Tile::kBufferBytes);
+  int4* const positions = reinterpret_cast<int4*>(shared + 2 * Tile::kBufferBytes + Tile::kPlaceBytes);
   const Tiling& tiling = conv.tiling;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_k = warp / 4 * 16 * Tile::MT, warp_c = warp % 4 * 8;
@@ -178,7 +201,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
   Item<Math, Gradient> g_item;
   Item<Math, Source> x_item;
-  [[maybe_unused]] float bias[kLanes] = {};
+  [[maybe_unused]] float bias[2] = {};
 
   const auto start = [&](const Tiling::Position& at, int i, int buffer) {
     unsigned char* const to = shared + buffer * Tile::kBufferBytes;
@@ -206,8 +229,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         *reinterpret_cast<uint4*>(to + pixel * Tile::kGradientRow + number % Tile::kGradientChunks * 16) =
             Math::pack(v);
         if constexpr (Gradient::kHasBias) {
-#pragma unroll
-          for (int j = 0; j < kLanes; ++j) bias[j] += v[j];
+          share_out(v, lane);
+          bias[0] += v[0];
+          bias[1] += v[1];
         }
       }
     } else {
@@ -226,13 +250,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   };
 
   int tile = first_tile(split);
-  Tiling::Position at = tiling.position(tile);
+  const Tiling::Position first = tiling.position(tile);
 #pragma unroll 1
   for (int i = 0; i < Tile::kSteps; ++i) {
-    start(at, i, 0);
+    start(first, i, 0);
     finish(i, 0);
   }
-  find_places(at, 0);
+  find_places(first, 0);
+  if (thread == 0) tiling.store_position(tile + 1, positions + 1);
   cp_async_commit();
 
   float acc[Tile::MT][kTaps][4] = {};
@@ -242,14 +267,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     cp_async_wait<0>();
     __syncthreads();
     const bool more = tile + 1 < end;
-    at = tiling.position(tile + 1);
-    if (more) find_places(at, buffer ^ 1);
+    const int4* const next = positions + (buffer ^ 1);
+    if (more) find_places(Tiling::load(next), buffer ^ 1);
+    if (thread == 0) tiling.store_position(tile + 2, positions + buffer);
     const unsigned char* const g = shared + buffer * Tile::kBufferBytes + warp_k * (16 / kLanes);
     const unsigned char* const x =
         shared + buffer * Tile::kBufferBytes + Tile::kGradientBytes + warp_c * (16 / kLanes);
 #pragma unroll 1
     for (int step = 0; step < Tile::kSteps; ++step) {
-      if (more) start(at, step, buffer ^ 1);
+      if (more) start(Tiling::load(next), step, buffer ^ 1);
       Tile::multiply(acc, g, x, tiling.pitch, places + buffer * Tile::kPixels, step * Tile::kStepPixels, lane);
       if (more) finish(step, buffer ^ 1);
     }
@@ -279,14 +305,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   if constexpr (Gradient::kHasBias) {
     if (c0 > 0) return;
     __syncthreads();
-    float* const sums = reinterpret_cast<float*>(shared);  // [thread][kLanes]
-#pragma unroll
-    for (int j = 0; j < kLanes; ++j) sums[thread * kLanes + j] = bias[j];
+    float2* const sums = dynamic_shared<float2>();  // of each thread
+    sums[thread] = make_float2(bias[0], bias[1]);
     __syncthreads();
     if (thread < Tile::kTileK && k0 + thread < conv.K) {
       float total = 0.0f;
       for (int i = thread / kLanes; i < Tile::kThreads; i += Tile::kGradientChunks) {
-        total += sums[i * kLanes + thread % kLanes];
+        if (shared_out_channel<kLanes>(i % 32) == thread % kLanes / 2 * 2) {
+          total += thread % 2 == 0 ? sums[i].x : sums[i].y;
+        }
       }
       conv.dbias[static_cast<int64_t>(split) * conv.K + k0 + thread] = total;
     }
@@ -295,7 +322,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
 /// dweight [K,C,3,3] and dbias [K], unless null, as the sums over splits, in their order. One thread a sum.
 constexpr int kAddThreads = 256;
-inline __global__ void __launch_bounds__(kAddThreads)
+static __global__ void __launch_bounds__(kAddThreads)
     add_splits_kernel(const float* dweight_splits, const float* dbias_splits, int splits, int K, int C,
                       float* dweight, float* dbias) {
   const int64_t weights = static_cast<int64_t>(kTaps) * K * C;
@@ -319,9 +346,9 @@ inline __global__ void __launch_bounds__(kAddThreads)
 
 constexpr int64_t kGradientBlocks = 2 * 132;
 
-/// Blocks along the pixels, for tiles of at least 32 x 32 channels: by the shape alone.
+/// Blocks along the pixels, for tiles of 64 x 32 channels: by the shape alone.
 inline int64_t most_gradient_splits(int64_t C, int64_t K) {
-  const int64_t c_tiles = round_up(C, 32) / 32, k_tiles = K <= 32 ? 1 : round_up(K, 64) / 64;
+  const int64_t c_tiles = round_up(C, 32) / 32, k_tiles = round_up(K, 64) / 64;
   return std::max<int64_t>(1, kGradientBlocks / (c_tiles * k_tiles));
 }
 
@@ -364,10 +391,14 @@ cudaError_t launch_weight_gradient(const ConvSize& s, const Source& x, const Gra
 template <class Math, class Source, class Gradient>
 cudaError_t weight_gradient(const ConvSize& s, const Source& x, const Gradient& gradient, float* dweight,
                             float* dbias, void* workspace, cudaStream_t stream) {
-  if (s.K <= 32) {
+  // float32 tensors multiplied in bf16 have 16 numbers a thread on their way, for which the larger tile has no
+  // registers left.
+  constexpr bool kNarrow = !std::is_same_v<typename Source::Element, typename Math::Shared>;
+  if (kNarrow || s.K <= 32) {
     return launch_weight_gradient<GradientTile<Math, 1>>(s, x, gradient, dweight, dbias, workspace, stream);
   }
-  return launch_weight_gradient<GradientTile<Math, 2>>(s, x, gradient, dweight, dbias, workspace, stream);
+  return launch_weight_gradient<GradientTile<Math, kNarrow ? 1 : 2>>(s, x, gradient, dweight, dbias, workspace,
+                                                                     stream);
 }
 
 }  // namespace maskcore
