@@ -123,11 +123,12 @@ class Conv:
 
 
 def convolutions(N: int) -> list[Conv]:
-    return [
-        Conv(at.name, N, *at.input_shape, at.layer.channels, at.layer.bn, at.layer.pool)
-        for at in models.place("final")
-        if isinstance(at.layer, models.Conv)
-    ]
+    found = []
+    for at in models.place("final"):
+        if isinstance(at.layer, models.Conv):
+            H, W, C = at.input_shape
+            found.append(Conv(at.name, N, H, W, C, at.layer.channels, at.layer.bn, at.layer.pool))
+    return found
 
 
 def denses(N: int) -> list[tuple[str, int, int]]:
@@ -140,6 +141,7 @@ def denses(N: int) -> list[tuple[str, int, int]]:
 
 
 def dropouts(N: int) -> list[tuple[str, int]]:
+    """Name, elements."""
     return [
         (at.name, N * at.input_shape[0])
         for at in models.place("final")
@@ -272,7 +274,7 @@ def eager_backward(conv: Conv, p: Precision, need_dx: bool) -> Iterator[Kernel]:
 
 def eager_training(N: int, p: Precision) -> list[Kernel]:
     convs, e = convolutions(N), p.element
-    kernels = []
+    kernels: list[Kernel] = []
     for conv in convs:
         kernels += eager_forward(conv, p, training=True)
     for name, size in dropouts(N):
@@ -288,7 +290,7 @@ def eager_training(N: int, p: Precision) -> list[Kernel]:
 
 
 def eager_inference(N: int, p: Precision) -> list[Kernel]:
-    kernels = []
+    kernels: list[Kernel] = []
     for conv in convolutions(N):
         kernels += eager_forward(conv, p, training=False)
     for name, inputs, outputs in denses(N):
@@ -390,8 +392,8 @@ for tf32, as its kernels read and write tensors: convolution, bias, batch norm (
 max-pool with int64 places; each again in backward, and the bias' gradient; Adam fused, as here. How its input is made
 is not counted.
 
-Images a second are three figures: this engine's roof / what is expected of it ({EXPECTED_BANDWIDTH:.0%} of the bandwidth;
-{EXPECTED} tensor cores) / PyTorch eager's roof.
+Images a second are three figures: this engine's roof / what is expected of it ({EXPECTED_BANDWIDTH:.0%} of the
+bandwidth; {EXPECTED} tensor cores) / PyTorch eager's roof.
 
 """
 
