@@ -63,10 +63,10 @@ class Device(Protocol):
     def wait(self, event: Any) -> None:
         """Lets the processor wait."""
 
-    def warm_up(self, work: Callable[[], None]) -> None:
+    def warm_up(self, work: Callable[[], object]) -> None:
         """Runs the work a few times."""
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, work: Callable[[], object]) -> Callable[[], None]:
         """A call that does what the work would do, without the processor's part in it."""
 
 
@@ -100,7 +100,7 @@ class Cuda:
     def wait(self, event: Any) -> None:
         event.synchronize()
 
-    def warm_up(self, work: Callable[[], None]) -> None:
+    def warm_up(self, work: Callable[[], object]) -> None:
         beside, usual = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
         beside.wait_stream(usual)
         with torch.cuda.stream(beside):
@@ -108,7 +108,7 @@ class Cuda:
                 work()
         usual.wait_stream(beside)
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, work: Callable[[], object]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             work()
