@@ -1,15 +1,17 @@
 // Batch normalisation around a convolution (Ioffe & Szegedy 2015), M = N*P*Q pixels, a channel:
 //   forward   mean = sum(z) / M;  var = sum((z - mean)^2) / M;  y = max(scale (z - mean) + beta, 0)
 //             scale = gamma / sqrt(var + eps)
-//   backward  g = dy where scale (z - mean) + beta > 0, else 0;  dbeta = sum(g);  dgamma = inv_std sum(g (z - mean))
-// All of it is bound by memory: one pass over z forward (the sums of a tile are taken in the convolution's epilogue
-// while they are in registers), one over dy and z backward. Sums over tiles or over ranges of pixels are
-// float32, they are added in double in an order fixed by the shape: the same bits in each run.
-// Sums of squares are taken about a pivot near the mean, so that a large mean costs no precision (Chan, Golub &
+//   backward  g = dy where scale (z - mean) + beta > 0, else 0
+//             dbeta = sum(g);  dgamma = inv_std sum(g (z - mean)),  inv_std = 1 / sqrt(var + eps)
+// All of it is bound by memory: one pass over z forward (the sums of a tile are taken in the convolution's
+// epilogue while they are in registers), one over dy and z backward. Sums over tiles or over ranges of pixels
+// are float32, they are added in double in an order fixed by the shape: the same bits in each run. Sums of
+// squares are taken about a pivot near the mean, so that a large mean costs no precision (Chan, Golub &
 // LeVeque 1983).
 //
-// Budget, blocks of 256 threads: apply_batch_norm 64 registers, 4 blocks, 32 warps; add_gradients 80 registers and 16 KB
-// of shared memory (256 threads' sums of 8 channels), 3 blocks, 24 warps; the others 40 registers, 6 blocks.
+// Budget, blocks of 256 threads: apply_batch_norm 64 registers, 4 blocks, 32 warps; add_gradients 80
+// registers and 16 KB of shared memory (256 threads' sums of 8 channels), 3 blocks, 24 warps; the others 40
+// registers, 6 blocks.
 #pragma once
 
 #include <algorithm>
@@ -48,7 +50,8 @@ __device__ __forceinline__ double2 add_groups(double first, double second, doubl
 __global__ void __launch_bounds__(kNormThreads, 6)
     add_moments_kernel(const float* moments, const int* counts, int tiles, int K, double2* parts) {
   const int k = static_cast<int>(blockIdx.x * kChannelThreads + threadIdx.x);
-  const int part = static_cast<int>(blockIdx.y), size = (tiles + static_cast<int>(gridDim.y) - 1) / static_cast<int>(gridDim.y);
+  const int part = static_cast<int>(blockIdx.y),
+            size = (tiles + static_cast<int>(gridDim.y) - 1) / static_cast<int>(gridDim.y);
   const int end = min(tiles, (part + 1) * size);
   double sum = 0.0, squares = 0.0;
   if (k < K) {
@@ -192,11 +195,11 @@ __global__ void __launch_bounds__(kNormThreads, 3)
   }
 }
 
-/// parts [count][K] -> dgamma, dbeta [K], and what BatchNormReluGradient takes of each channel.
+/// parts [count][K] -> dgamma, dbeta [K], and what BatchNormReluGradient takes of each of `channels`.
 __global__ void __launch_bounds__(kNormThreads, 6)
-    finish_gradients_kernel(const float2* parts, int count, double pixels, const float* gamma, const float* beta,
-                            const float* mean, const float* var, double eps, int K, float* dgamma, float* dbeta,
-                            float4* channel, float* mean_g) {
+    finish_gradients_kernel(const float2* parts, int count, double pixels, const float* gamma,
+                            const float* beta, const float* mean, const float* var, double eps, int K,
+                            int channels, float* dgamma, float* dbeta, float4* channel, float* mean_g) {
   const int k = static_cast<int>(blockIdx.x * kChannelThreads + threadIdx.x);
   double g = 0.0, gz = 0.0;
   if (k < K) {
@@ -207,12 +210,18 @@ __global__ void __launch_bounds__(kNormThreads, 6)
     }
   }
   const double2 total = add_groups(g, gz, dynamic_shared<double2>());
-  if (threadIdx.y != 0 || k >= K) return;
+  if (threadIdx.y != 0 || k >= channels) return;
+  if (k >= K) {
+    channel[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    mean_g[k] = 0.0f;
+    return;
+  }
   const double inv_std = 1.0 / sqrt(var[k] + eps), sum_g_zhat = total.y * inv_std;
   const float scale = scale_of(gamma[k], var[k], eps);
   dgamma[k] = static_cast<float>(sum_g_zhat);
   dbeta[k] = static_cast<float>(total.x);
-  channel[k] = make_float4(mean[k], scale, beta[k], static_cast<float>(-scale * inv_std * sum_g_zhat / pixels));
+  channel[k] =
+      make_float4(mean[k], scale, beta[k], static_cast<float>(-scale * inv_std * sum_g_zhat / pixels));
   mean_g[k] = static_cast<float>(total.x / pixels);
 }
 

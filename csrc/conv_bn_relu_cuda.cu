@@ -1,13 +1,16 @@
 // conv_bn_relu_train on CUDA: z = conv(x, weight) + bias with each tile's moments from the convolution's
-// epilogue, which are merged to the batch's mean and variance; y = max(batch_norm(z), 0) in a pass over z. Backward:
-// the two sums that batch normalisation's gradient needs in a pass over dy and z; its gradient dz is then
-// computed while the convolution's two gradients load it, and never written. Formulas: batch_norm.cuh.
+// epilogue, which are merged to the batch's mean and variance; y = max(batch_norm(z), 0) in a pass over z.
+// Backward: the two sums that batch normalisation's gradient needs in a pass over dy and z; its gradient dz
+// is then computed while the convolution's two gradients load it, and never written. Formulas:
+// batch_norm.cuh.
 #include "batch_norm.cuh"
 #include "conv_dispatch.cuh"
 #include "cuda_launchers.h"
 
 namespace maskcore {
 namespace {
+
+int64_t padded_channels(int64_t K) { return round_up(K, BatchNormReluGradient<float>::kChannelAlign); }
 
 struct TrainWorkspace {
   void* packed;
@@ -39,8 +42,8 @@ struct BackwardWorkspace {
 
   BackwardWorkspace(const ConvCall& call, void* memory) : rest{static_cast<unsigned char*>(memory)} {
     const ConvSize& s = call.size;
-    channel = rest.take<float4>(s.K);
-    mean_g = rest.take<float>(s.K);
+    channel = rest.take<float4>(padded_channels(s.K));
+    mean_g = rest.take<float>(padded_channels(s.K));
     parts = rest.take<float2>(gradient_parts(s.N * s.P * s.Q) * s.K);
     bytes = rest.used + backward_bytes(s);
   }
@@ -48,7 +51,9 @@ struct BackwardWorkspace {
 
 }  // namespace
 
-int64_t conv_bn_relu_train_workspace_bytes(const ConvCall& call) { return TrainWorkspace(call, nullptr).bytes; }
+int64_t conv_bn_relu_train_workspace_bytes(const ConvCall& call) {
+  return TrainWorkspace(call, nullptr).bytes;
+}
 
 int64_t conv_bn_relu_train_backward_workspace_bytes(const ConvCall& call) {
   return BackwardWorkspace(call, nullptr).bytes;
@@ -82,14 +87,14 @@ cudaError_t launch_conv_bn_relu_train(const ConvCall& call, const void* x, const
                    room.moments, room.counts, static_cast<int>(room.tiles), K, room.parts);
     if (error != cudaSuccess) return error;
     error = launch(&finish_moments_kernel, dim3(columns), block, kAddBytes, stream, room.parts,
-                   static_cast<int>(parts), room.moments, static_cast<double>(pixels), gamma, eps, K, mean, var,
-                   room.scale);
+                   static_cast<int>(parts), room.moments, static_cast<double>(pixels), gamma, eps, K, mean,
+                   var, room.scale);
     if (error != cudaSuccess) return error;
 
     const auto rows = ChannelRows<T, 16 / sizeof(T)>::of(s.K);
     const int64_t ranges = std::clamp<int64_t>(pixels / 64, 1, 16384), size = (pixels + ranges - 1) / ranges;
-    return launch(&apply_batch_norm_kernel<T>, rows.grid(ranges), dim3(kNormThreads), 0, stream, z_data,
-                  mean, room.scale, beta, pixels, size, K, aligned(z_data, s.K) && aligned(y_data, s.K), rows,
+    return launch(&apply_batch_norm_kernel<T>, rows.grid(ranges), dim3(kNormThreads), 0, stream, z_data, mean,
+                  room.scale, beta, pixels, size, K, aligned(z_data, s.K) && aligned(y_data, s.K), rows,
                   y_data);
   });
 }
@@ -105,17 +110,17 @@ cudaError_t launch_conv_bn_relu_train_backward(const ConvCall& call, const void*
     const int K = static_cast<int>(s.K);
     const T *const dy_data = static_cast<const T*>(dy), *const z_data = static_cast<const T*>(z);
     const bool vectors = aligned(dy_data, s.K) && aligned(z_data, s.K);
-    const int64_t pixels = s.N * s.P * s.Q, parts = gradient_parts(pixels), size = (pixels + parts - 1) / parts;
+    const int64_t pixels = s.N * s.P * s.Q, parts = gradient_parts(pixels),
+                  size = (pixels + parts - 1) / parts;
     const auto rows = ChannelRows<T, 16 / sizeof(T)>::of(s.K);
-    cudaError_t error =
-        launch(&add_gradients_kernel<T>, rows.grid(parts), dim3(kNormThreads),
-               kNormThreads * (16 / sizeof(T)) * sizeof(float2), stream, dy_data, z_data, gamma, beta, mean, var,
-               eps, pixels, size, K, vectors, rows, room.parts);
+    cudaError_t error = launch(&add_gradients_kernel<T>, rows.grid(parts), dim3(kNormThreads),
+                               kNormThreads * (16 / sizeof(T)) * sizeof(float2), stream, dy_data, z_data,
+                               gamma, beta, mean, var, eps, pixels, size, K, vectors, rows, room.parts);
     if (error != cudaSuccess) return error;
-    error = launch(&finish_gradients_kernel, dim3(channel_blocks(s.K, kChannelThreads)),
-                   dim3(kChannelThreads, kGroupThreads), kAddBytes, stream, room.parts, static_cast<int>(parts),
-                   static_cast<double>(pixels), gamma, beta, mean, var, eps, K, dgamma, dbeta, room.channel,
-                   room.mean_g);
+    error = launch(&finish_gradients_kernel, dim3(channel_blocks(padded_channels(s.K), kChannelThreads)),
+                   dim3(kChannelThreads, kGroupThreads), kAddBytes, stream, room.parts,
+                   static_cast<int>(parts), static_cast<double>(pixels), gamma, beta, mean, var, eps, K,
+                   static_cast<int>(padded_channels(s.K)), dgamma, dbeta, room.channel, room.mean_g);
     if (error != cudaSuccess) return error;
 
     const BatchNormReluGradient<T> gradient{.dy = dy_data,

@@ -36,7 +36,9 @@ struct Pieces {
   }
 };
 
-inline bool lies_on(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline bool lies_on(const void* pointer, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 /// Whether 16-byte accesses to a tensor [..,channels] of T are aligned.
 template <class T>
@@ -53,7 +55,8 @@ Activation<T> activation(const ConvSize& s, const T* x) {
           .aligned = aligned(x, s.C)};
 }
 
-/// dx where it is asked for, dweight and, unless null, dbias, of a gradient source at the convolution's output.
+/// dx where it is asked for, dweight and, unless null, dbias, of a gradient source at the convolution's
+/// output.
 template <class T, class Math, class Gradient>
 cudaError_t convolve_backward(const ConvCall& call, const Gradient& gradient, const T* x, const float* weight,
                               T* dx, float* dweight, float* dbias, Pieces workspace, cudaStream_t stream) {

@@ -1,5 +1,5 @@
-// What a convolution does with its sums before they leave the processor. An epilogue gets four adjacent output
-// channels of a pixel at a time, or of the four pixels of a pooling window.
+// What a convolution does with its sums before they leave the processor. An epilogue gets four adjacent
+// output channels of a pixel at a time, or of the four pixels of a pooling window.
 #pragma once
 
 #include <cstdint>
@@ -66,8 +66,8 @@ struct StoreOutput {
   }
 };
 
-/// y = the largest of a 2x2 window's max(sum + bias, 0), and its place 2 * row + column, the first if there are
-/// several; a NaN wins.
+/// y = the largest of a 2x2 window's max(sum + bias, 0), and its place 2 * row + column, the first if there
+/// are several; a NaN wins.
 template <class T>
 struct MaxPoolOutput {
   static constexpr bool kWindows = true;
@@ -78,9 +78,9 @@ struct MaxPoolOutput {
   int P, Q, K;        // P and Q even
   bool aligned;
 
-  __device__ __forceinline__ void store(const Pixel& pixel, int k, const float (&v)[4][4],
-                                        const float (&b)[4]) const {
-    float best[4];
+  __device__ __forceinline__ void store(const Pixel& pixel, int k, const float (&v)[4][4]) const {
+    float b[4], best[4];
+    load_bias(bias, k, K, b);
     uint32_t places = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

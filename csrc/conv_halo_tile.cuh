@@ -9,24 +9,29 @@
 // of 8 x 16 pixels reads 10 x 18 = 1.4 times its pixels through L2 instead of 9 times; and what the source
 // computes (ReLU mask, unpooling, batch-norm gradient) is computed 1.4 times instead of 9.
 //
-// Pipeline: while slab i's nine taps are multiplied, slab i + 1's patch arrives in the other of two buffers, one
-// 16-byte item a thread and tap: by cp.async with zero fill outside the image where the source is a plain
+// Pipeline: while slab i's nine taps are multiplied, slab i + 1's patch arrives in the other of two buffers,
+// one 16-byte item a thread and tap: by cp.async with zero fill outside the image where the source is a plain
 // tensor, else through registers, loaded before the tap's products and stored after them. The filter
-// arrives tap by tap in kStages buffers by cp.async; where all of it fits in kResidentBytes it is loaded once
-// and the block goes through many tiles (the 32-channel layers: 9 taps of 32 x 32 are 18 KB in bf16, 36 KB in
-// TF32, more than a tile's own input and output). One barrier a tap.
+// arrives tap by tap in kStages buffers by cp.async. Where there are at most 32 output channels and all of
+// their filter fits in kResidentBytes it is loaded once, and the block goes through many tiles, each one's
+// first patch arriving during the one before: 9 taps of 32 x 32 are 18 KB in bf16, 36 KB in TF32, more than a
+// tile's own input (180 * 64 bytes a slab) or output. One barrier a tap.
 //
-// Budget, TF32 and bf16 (rows of 64 bytes), patch of kPatchPixels = 192:
-//   shared   WideTile    2 * 192 * 64 + 3 stages * 128 * 64 = 49,152 bytes: two blocks even in 100 KB
-//            MiddleTile  2 * 192 * 64 + 2 * 64 * 64         = 32,768 bytes: three
-//            NarrowTile  2 * 192 * 64 + 18 slabs and taps * 32 * 64 = 61,440 bytes in TF32, 43,008 in bf16
-//   registers (Wide, Middle)  64 accumulators + 8 filter + 4 input fragments + 4 windows, within 128
-//   occupancy  Wide 2 blocks * 8 warps = 16 warps of 64 (25 %) or 48 (33 %);
-//              Middle 4 * 4 = 16 warps (25 %), on 100 KB processors 3 * 4 = 12 of 48 (25 %);
-//              Narrow 32 accumulators, 4 warps: 163 KB / 43 KB = 3 blocks, 12 of 64 warps in bf16 and 2 blocks
-//              in TF32. Below 25 %: the resident filter saves more traffic through L2 than more warps hide.
-//   shared memory traffic of a 64 x 32 warp tile: (64 + 32) * 32 bytes for 64 * 32 * 16 bf16 products = 24 cycles
-//   of 128 bytes, in which an sm_80 does 32 cycles of products.
+// Budget
+//   shared     128 bytes of positions, two patches of kPatchPixels = 192 pixels of 64 bytes, and filters:
+//              Wide    128 + 2 * 192 * 64 + 3 * 128 * 64 = 49,280 bytes: two blocks even in 100 KB
+//              Middle  128 + 2 * 192 * 64 + 2 * 64 * 64  = 32,896: three in 100 KB, four in 164 KB
+//              Narrow  128 + 2 * 192 * 64 + 2 * 32 * 64  = 28,800; resident, of 32 channels, 24,704 + 9 *
+//              2,048 = 43,136 in bf16 and 24,704 + 18 * 2,048 = 61,568 in TF32
+//   registers  Wide, Middle: 64 accumulators, 8 of filter and 4 of input fragments, 4 windows, up to 19 of
+//              an item on its way: within 128. Narrow, Ieee: 32 accumulators, within 128
+//   occupancy  Wide 2 blocks * 8 = 16 warps of 64 (25 %) or of 48 (33 %), so Ieee. Middle 4 * 4 = 16 of 64
+//              (25 %), in 100 KB 3 * 4 = 12 of 48 (25 %). Narrow, streaming, the same; resident, bf16: 3
+//              blocks in 164 KB, 12 warps of 64 (19 %), TF32 2 blocks (12 %): below 25 % because the filter
+//              kept takes away more traffic through L2 (18 or 36 KB a tile beside 12 or 23 KB of input) than
+//              more warps hide
+//   shared memory traffic of a 64 x 32 warp tile: (64 + 32) * 32 bytes for 64 * 32 * 16 bf16 products = 24
+//   cycles of 128 bytes, in which an sm_80 does 32 cycles' worth of products; TF32 the same for 64 * 32 * 8.
 #pragma once
 
 #include <algorithm>
@@ -52,7 +57,8 @@ constexpr int kStagePitch = 32 + 8;
 constexpr int kStageBytes = 16 * kStagePitch * 4;
 
 /// kWarpsM x kWarpsN warps of 16 MT x 32 sums each.
-template <class Math_, int kWarpsM_, int kWarpsN_, int MT_, int kStages_, int kBlocks_, bool kResident_ = false>
+template <class Math_, int kWarpsM_, int kWarpsN_, int MT_, int kStages_, int kBlocks_,
+          bool kResident_ = false>
 struct HaloTile {
   using Math = Math_;
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, MT = MT_, NT = 4;
@@ -81,13 +87,12 @@ template <class Math, bool kResident = false>
 using NarrowTile = HaloTile<Math, 4, 1, 2, 2, 4, kResident>;
 using IeeeTile = HaloTile<Ieee, 4, 2, 2, 2, 2>;
 
-/// w[K,C,3,3] -> [slab][tap][row of output channel][slab's channels], rounded, zero where there is no channel:
-/// what a block loads for one tap is contiguous and has no tails. `turned`: for backward-data, out channels
-/// C and in channels K, taps turned by 180 degrees. One thread a 16-byte chunk.
+/// w[K,C,3,3] -> [slab][tap][row of output channel][slab's channels], rounded, zero where there is no
+/// channel: what a block loads for one tap is contiguous and has no tails. `turned`: for backward-data, out
+/// channels C and in channels K, taps turned by 180 degrees. One thread a 16-byte chunk.
 template <class Math>
-__global__ void __launch_bounds__(256)
-    pack_filter_kernel(const float* w, int out_channels, int in_channels, int slabs, int rows, bool turned,
-                       uint4* packed) {
+__global__ void __launch_bounds__(256) pack_filter_kernel(const float* w, int out_channels, int in_channels,
+                                                          int slabs, int rows, bool turned, uint4* packed) {
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (chunk >= static_cast<int64_t>(slabs) * kTaps * rows * kRowChunks) return;
   const int64_t row = chunk / kRowChunks;
@@ -97,8 +102,8 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
   for (int i = 0; i < Math::kLanes; ++i) {
     const int in = (slab * kRowChunks + static_cast<int>(chunk % kRowChunks)) * Math::kLanes + i;
-    const int64_t pair = turned ? static_cast<int64_t>(in) * out_channels + out
-                                : static_cast<int64_t>(out) * in_channels + in;
+    const int64_t pair =
+        turned ? static_cast<int64_t>(in) * out_channels + out : static_cast<int64_t>(out) * in_channels + in;
     const bool there = out < out_channels && in < in_channels;
     v[i] = there ? w[pair * kTaps + (turned ? kTaps - 1 - tap : tap)] : 0.0f;
   }
@@ -145,17 +150,17 @@ struct PatchLoader {
   }
 };
 
-/// One warp's sums, four channels a lane and 16 pixels a turn, through `stage` to the epilogue. With kStatistics,
-/// pivot and sums over the warp's pixels go to `record`, [3][kTileN] from the warp's first channel on, and the
-/// number of pixels to `count`.
+/// One warp's sums, four channels a lane and 16 pixels a turn, through `stage` to the epilogue. With
+/// kStatistics, pivot and sums over the warp's pixels go to `record`, [3][kTileN] from the warp's first
+/// channel on, and the number of pixels to `count`.
 template <class Tile, class Epilogue>
 __device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT][4], const Tiling& tiling,
-                                           const Tiling::Position& at, const Epilogue& epilogue, int m0, int k0,
-                                           float* stage, float* record, float* count) {
+                                           const Tiling::Position& at, const Epilogue& epilogue, int m0,
+                                           int k0, float* stage, float* record, float* count) {
   const int lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
   const int k = k0 + 4 * (lane & 7);
-  float bias[4];
-  load_bias(epilogue.bias, k, epilogue.K, bias);
+  [[maybe_unused]] float bias[4];
+  if constexpr (!Epilogue::kWindows) load_bias(epilogue.bias, k, epilogue.K, bias);
   [[maybe_unused]] float pivot[4] = {}, sum[4] = {}, squares[4] = {}, pixels = 0.0f;
 #pragma unroll
   for (int mt = 0; mt < Tile::MT; ++mt) {
@@ -167,7 +172,7 @@ __device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT
       *reinterpret_cast<float2*>(to + 8 * kStagePitch) = make_float2(acc[mt][nt][2], acc[mt][nt][3]);
     }
     __syncwarp();
-    const auto staged = [&](int row, float(&v)[4]) {
+    const auto staged = [&](int row, float (&v)[4]) {
       const float4 four = *reinterpret_cast<const float4*>(stage + row * kStagePitch + 4 * (lane & 7));
       v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
     };
@@ -177,7 +182,7 @@ __device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT
       float v[4][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) staged(row + i, v[i]);
-      if (pixel.inside && k < epilogue.K) epilogue.store(pixel, k, v, bias);
+      if (pixel.inside && k < epilogue.K) epilogue.store(pixel, k, v);
     } else {
       if constexpr (Epilogue::kStatistics) {
         if (mt == 0) {
@@ -272,7 +277,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     cp_async_commit();
   }
 
-  int patch = 0;  // where that in use begins; the other one is being filled
+  int patch = 0;           // where that in use begins; the other one is being filled
   int slot = 0, turn = 0;  // turn: which of the two positions is this tile's
   __syncthreads();
   while (true) {
@@ -301,7 +306,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
           load_filter(step + Tile::kStages - 1, slot == 0 ? Tile::kStages - 1 : slot - 1);
         }
         const bool loads = load_slab < conv.slabs && tap < Tile::kItems;
-        if (loads) loader.start(Tiling::load(positions + load_turn), load_slab, tap, shared + (kPatchBytes - patch));
+        if (loads)
+          loader.start(Tiling::load(positions + load_turn), load_slab, tap, shared + (kPatchBytes - patch));
         cp_async_commit();
         const unsigned char* filter =
             shared + kFilters + (Tile::kResident ? step : slot) * Tile::kTapBytes + warp_n * kRowBytes;
@@ -380,9 +386,10 @@ cudaError_t launch_halo_tile(const ConvCall& call, const ConvSize& s, const Sour
       .filter_rows = static_cast<int>(round_up(s.K, Tile::kTileN))};
   if (conv.tiling.tiles == 0) return cudaErrorInvalidValue;
   const int64_t chunks = static_cast<int64_t>(conv.slabs) * kTaps * conv.filter_rows * kRowChunks;
-  const cudaError_t error = launch(&pack_filter_kernel<Math>, dim3(static_cast<unsigned>((chunks + 255) / 256)),
-                                   dim3(256), 0, stream, weight, static_cast<int>(s.K), static_cast<int>(s.C),
-                                   conv.slabs, conv.filter_rows, turned, static_cast<uint4*>(packed));
+  const cudaError_t error =
+      launch(&pack_filter_kernel<Math>, dim3(static_cast<unsigned>((chunks + 255) / 256)), dim3(256), 0,
+             stream, weight, static_cast<int>(s.K), static_cast<int>(s.C), conv.slabs, conv.filter_rows,
+             turned, static_cast<uint4*>(packed));
   if (error != cudaSuccess) return error;
 
   int64_t blocks = static_cast<int64_t>(conv.tiling.tiles) * (conv.filter_rows / Tile::kTileN);
@@ -393,11 +400,12 @@ cudaError_t launch_halo_tile(const ConvCall& call, const ConvSize& s, const Sour
   }
   if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
   return launch(&conv_halo_tile_kernel<Tile, Source, Epilogue>, dim3(static_cast<unsigned>(blocks)),
-                dim3(Tile::kThreads), static_cast<size_t>(kPositionBytes + 2 * kPatchBytes + filter), stream, conv);
+                dim3(Tile::kThreads), static_cast<size_t>(kPositionBytes + 2 * kPatchBytes + filter), stream,
+                conv);
 }
 
-/// The tile is chosen by the number of output channels, so that more than half of it is used; the narrow one's
-/// filter stays where it is small enough.
+/// The tile is chosen by the number of output channels, so that more than half of it is used; the narrow
+/// one's filter stays where it is small enough.
 template <class Math, class Source, class Epilogue>
 cudaError_t convolve(const ConvCall& call, const ConvSize& s, const Source& source, const Epilogue& epilogue,
                      const float* weight, bool turned, void* packed, cudaStream_t stream) {

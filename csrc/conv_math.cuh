@@ -1,5 +1,6 @@
-// How a warp multiplies: 16 MT x 8 NT accumulators, one form a precision, all with the layout of mma's D: lane
-// 4 g + t holds of the 16 x 8 block (mt, nt) rows g (d[0], d[1]) and g + 8 (d[2], d[3]), columns 2t and 2t + 1.
+// How a warp multiplies: 16 MT x 8 NT accumulators, one form a precision, all with the layout of mma's D:
+// lane 4 g + t holds of the 16 x 8 block (mt, nt) rows g (d[0], d[1]) and g + 8 (d[2], d[3]), columns 2t and
+// 2t + 1.
 //
 // Operands lie in shared memory in rows of kRowBytes along the reduction, as 16-byte chunks; chunk c of row r
 // is at place c ^ (r / 2 mod 4), so that 8 consecutive rows' chunks c lie in different banks (two rows are a
@@ -66,8 +67,8 @@ struct Ieee {
   }
 };
 
-/// The rows of A that a lane names: each 16-row block's row lane % 16 for ldmatrix, or the two whose results it
-/// holds.
+/// The rows of A that a lane names: each 16-row block's row lane % 16 for ldmatrix, or the two whose results
+/// it holds.
 template <class Math>
 constexpr int kRowsPerBlock = Math::kFragments ? 1 : 2;
 
@@ -76,8 +77,8 @@ __device__ __forceinline__ int named_row(int i, int lane) {
   return Math::kFragments ? 16 * i + (lane & 15) : 8 * i + (lane >> 2);
 }
 
-/// acc += A B over one row of kRowBytes. Row i of A that the lane names is a[row[i] + offset]; b is the first of
-/// B's 8 NT rows, 8 rows are a whole number of swizzles.
+/// acc += A B over one row of kRowBytes. Row i of A that the lane names is a[row[i] + offset]; b is the first
+/// of B's 8 NT rows, 8 rows are a whole number of swizzles.
 template <class Math, int MT, int NT>
 __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], const unsigned char* a,
                                               const int (&row)[MT * kRowsPerBlock<Math>], int offset,
@@ -99,7 +100,7 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], const uns
         Math::round(a_fragment);
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
-          const uint32_t(&pair)[4] = b_fragment[nt / 2];
+          const uint32_t (&pair)[4] = b_fragment[nt / 2];
           Math::mma(acc[mt][nt], a_fragment, {pair[nt % 2 * 2], pair[nt % 2 * 2 + 1]});
         }
       }

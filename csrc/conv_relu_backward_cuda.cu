@@ -8,9 +8,9 @@ namespace maskcore {
 
 int64_t conv_relu_backward_workspace_bytes(const ConvCall& call) { return backward_bytes(call.size); }
 
-cudaError_t launch_conv_relu_backward(const ConvCall& call, const void* dy, const void* x, const float* weight,
-                                      const void* y, void* dx, float* dweight, float* dbias, void* workspace,
-                                      cudaStream_t stream) {
+cudaError_t launch_conv_relu_backward(const ConvCall& call, const void* dy, const void* x,
+                                      const float* weight, const void* y, void* dx, float* dweight,
+                                      float* dbias, void* workspace, cudaStream_t stream) {
   return dispatch(call, [&]<class T, class Math>() {
     const ConvSize& s = call.size;
     const T *const dy_data = static_cast<const T*>(dy), *const y_data = static_cast<const T*>(y);

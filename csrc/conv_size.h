@@ -17,7 +17,8 @@ struct ConvSize {
 
 enum class DataType { kFloat32, kBfloat16 };  // of activations; filters and everything per channel is float32
 
-/// How float32 activations are multiplied, by torch's names; bfloat16 ones are always kBf16. Sums are float32.
+/// How float32 activations are multiplied, by torch's names; bfloat16 ones are always kBf16. Sums are
+/// float32.
 enum class Precision { kIeee, kTf32, kBf16 };
 
 /// What one launcher call computes with.

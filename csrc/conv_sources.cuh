@@ -1,7 +1,8 @@
-// Where a convolution's operands come from. A source gives kLanes adjacent channels of one pixel, what 16 bytes
-// of shared memory hold; what it computes on the way (ReLU mask, max-pool expansion, batch-norm gradient)
-// is fused into the load and never stored as a tensor. fetch() only starts the loads, values() computes, so that
-// matrix products stand between the two and hide the memory's latency. The formulas are those of sources.h.
+// Where a convolution's operands come from. A source gives kLanes adjacent channels of one pixel, what 16
+// bytes of shared memory hold; what it computes on the way (ReLU mask, max-pool expansion, batch-norm
+// gradient) is fused into the load and never stored as a tensor. fetch() only starts the loads, values()
+// computes, so that matrix products stand between the two and hide the memory's latency. The formulas are
+// those of sources.h.
 #pragma once
 
 #include <cstdint>
@@ -67,7 +68,8 @@ struct Packet<bf16, 8> {
 
 /// The first `count` (1..kLanes, or more) of them; the others are zero.
 template <class T, int kLanes>
-__device__ __forceinline__ void load_channels(Packet<T, kLanes>& packet, const T* p, int count, bool aligned) {
+__device__ __forceinline__ void load_channels(Packet<T, kLanes>& packet, const T* p, int count,
+                                              bool aligned) {
   if (aligned && count >= kLanes) {
     packet.load_aligned(p);
   } else {
@@ -201,25 +203,27 @@ template <class T>
 struct BatchNormReluGradient {
   using Element = T;
   static constexpr bool kPlain = false, kHasBias = false;
-  const T* dy;            // [N,H,W,C]
-  const T* z;             // [N,H,W,C], the convolution's output
-  const float4* channel;  // [C]: mean, scale, beta, slope
-  const float* mean_g;    // [C]
+  static constexpr int kChannelAlign = 8;
+  const T* dy;  // [N,H,W,C]
+  const T* z;   // [N,H,W,C], the convolution's output
+  const float4*
+      channel;          // mean, scale, beta, slope of C channels, and zeros up to a multiple of kChannelAlign
+  const float* mean_g;  // the same
   int H, W, C;
   bool aligned;
 
   template <int kLanes>
   struct Fetched {
     Packet<T, kLanes> dy, z;
-    int count;  // of channels that there are
+    bool there;
   };
 
   template <int kLanes>
   __device__ __forceinline__ void fetch(const Pixel& pixel, int c, Fetched<kLanes>& fetched) const {
     fetched.dy.clear();
     fetched.z.clear();
-    fetched.count = pixel.inside ? C - c : 0;
-    if (fetched.count > 0) {
+    fetched.there = pixel.inside && c < C;
+    if (fetched.there) {
       const int64_t i = pixel.number(H, W) * C + c;
       load_channels(fetched.dy, dy + i, C - c, aligned);
       load_channels(fetched.z, z + i, C - c, aligned);
@@ -230,7 +234,7 @@ struct BatchNormReluGradient {
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
       out[i] = 0.0f;
-      if (i < fetched.count) {
+      if (fetched.there) {
         const float4 of = channel[c + i];
         const float d = fetched.z[i] - of.x, g = relu_gradient(fetched.dy[i], fmaf(of.y, d, of.z));
         out[i] = fmaf(of.y, g - mean_g[c + i], of.w * d);

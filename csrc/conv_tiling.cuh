@@ -1,10 +1,10 @@
 // Tiles of output pixels, and the patch of input pixels that a tile's 3x3 windows cover.
 //
-// The images are thought stacked, `stack` >= P output rows of Q pixels each. A tile is tile_rows x tile_cols of
-// them. Where stack = P a tile may begin in one image and end in the next, so that small images fill whole
+// The images are thought stacked, `stack` >= P output rows of Q pixels each. A tile is tile_rows x tile_cols
+// of them. Where stack = P a tile may begin in one image and end in the next, so that small images fill whole
 // tiles; where stack is a multiple of tile_rows none does. In the same way the input is a stack of stack + 2
-// rows an image, borders of zeros included, of which the patch is a rectangle: `pitch` >= tile_cols + 2 pixels
-// wide, and 2 rows higher than the tile, 2 more for each image boundary in it.
+// rows an image, borders of zeros included, of which the patch is a rectangle: `pitch` >= tile_cols + 2
+// pixels wide, and 2 rows higher than the tile, 2 more for each image boundary in it.
 #pragma once
 
 #include <algorithm>
@@ -50,9 +50,9 @@ struct Tiling {
     const int4 four = *from;
     return {four.x, four.y, four.z, 0};
   }
-  __device__ __forceinline__ void store_position(int tile, int4* to) const {
+  __device__ __forceinline__ void store_position(int tile, int4* to, int beside = 0) const {
     const Position at = position(tile);
-    *to = make_int4(at.n, at.p, at.q, 0);
+    *to = make_int4(at.n, at.p, at.q, beside);
   }
 
   __device__ __forceinline__ Position position(int tile) const {
@@ -111,8 +111,8 @@ struct Tiling {
   }
 
   /// The tiles of at most max_pixels pixels with patches of at most max_patch that cost least: a tile's time
-  /// is taken as that of max_pixels products and a quarter of it for each pixel loaded. Without tiles if there
-  /// are 2^31 rows, or nothing to compute.
+  /// is taken as that of max_pixels products and a quarter of it for each pixel loaded. Without tiles if
+  /// there are 2^31 rows, or nothing to compute.
   static Tiling choose(const ConvSize& s, bool pooled, int max_pixels, int max_patch) {
     Tiling best{};
     if (s.N * (s.P + max_pixels) > std::numeric_limits<int>::max()) return best;

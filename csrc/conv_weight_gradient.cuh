@@ -1,33 +1,36 @@
 // The gradients of a 3x3 convolution's filter and bias:
-//   dw[k,c,r,s] = sum over n,p,q of g[n,p,q,k] x[n, p + r - padding, q + s - padding, c],   db[k] = sum of g[..,k]
+//   dw[k,c,r,s] = sum over n,p,q of g[n,p,q,k] x[n, p + r - padding, q + s - padding, c]
+//   db[k] = sum over n,p,q of g[n,p,q,k]
 // with the output's gradient g from a source (conv_sources.cuh).
 //
 // A GEMM whose reduction runs over pixels: rows k, columns (tap, c). A block owns kTileK output by 32 input
-// channels and all nine taps, so that a tile of pixels (conv_tiling.cuh) is brought into shared memory once for
-// the nine: g, and the patch of x under it, in which tap (r, s) is r pitch + s further. A warp owns half of the
-// output channels and 8 input channels with their nine taps. Channels are adjacent in memory, pixels are
-// not: fragments are read transposed, in bf16 by ldmatrix.trans, in TF32, which that cannot transpose, by
+// channels and all nine taps, so that a tile of pixels (conv_tiling.cuh) is brought into shared memory once
+// for the nine: g, and the patch of x under it, in which tap (r, s) is r pitch + s further. A warp owns half
+// of the output channels and 8 input channels with their nine taps. Channels are adjacent in memory, pixels
+// are not: fragments are read transposed, in bf16 by ldmatrix.trans, in TF32, which that cannot transpose, by
 // 32-bit loads. A pixel's row is kPad bytes longer than its channels: 8 rows' 16 bytes (bf16), or 4 rows' 8
 // floats (TF32), then lie in different banks, and all addresses of a tile are one and constants.
 // Two buffers: the next tile arrives, one 16-byte item a thread and step, while this one's kSteps steps are
 // multiplied. One barrier a tile.
 //
-// Split-K: the tiles are shared out to `splits` blocks in ranges fixed by the shape alone; each writes its sums
-// to a workspace [splits][9][K][C], which are then added in the order of the splits, so that the result is the
-// same bits each time. 264 blocks, two for each of 132 processors, keep that workspace small: of a
-// 256 x 256 layer 8 * 2.4 MB.
+// Split-K: the tiles are shared out to `splits` blocks in ranges fixed by the shape alone; each writes its
+// sums to a workspace [splits][9][K][C], which are then added in the order of the splits, so that the result
+// is the same bits each time. 264 blocks, two for each of 132 processors, keep that workspace small: 8 times
+// 2.4 MB of a 256 x 256 layer.
 //
 // Where x is NaN or infinite beside a pixel past the image's end, taps that no output multiplies it with may
 // become NaN too (0 times it).
 //
 // Budget, kTileK = 64
 //   shared     bf16  2 * (80 pixels * (128 + 16) bytes of g + 128 * (64 + 16) of x) = 43,520, places 320
-//              TF32  2 * (40 * (256 + 32) + 64 * (128 + 32)) = 43,520, places 160; two blocks in 100 KB
-//   registers  2 * 9 * 4 = 72 accumulators, 8 + 4 of fragments, 8 (16 from float32 to bf16) on their way, 8 of
-//              the bias: within 65,536 / (2 * 256) = 128
+//              TF32, float32  2 * (40 * (256 + 32) + 64 * (128 + 32)) = 43,520, places 160; positions 48:
+//              two blocks in 100 KB
+//   registers  2 * 9 * 4 = 72 accumulators, 8 + 4 of fragments, 8 to 11 of an item on its way, 2 of the
+//              bias: within 65,536 / (2 * 256) = 128. float32 tensors in bf16 have 16 to 19 on their way:
+//              kTileK = 32, 36 accumulators
 //   occupancy  2 * 8 = 16 warps of 64 (25 %) or of 48 (33 %)
-//   shared memory traffic of a warp's 32 x 72 x 16 bf16 products: 104 * 32 bytes = 26 cycles, in which an sm_80
-//   does 36 cycles' worth of 1024 products; TF32 the same for 32 x 72 x 8.
+//   shared memory traffic of a warp's 32 x 72 x 16 bf16 products: 104 * 32 bytes = 26 cycles, in which an
+//   sm_80 does 36 cycles' worth of 1024 products; TF32 the same for 32 x 72 x 8.
 #pragma once
 
 #include <algorithm>
@@ -49,12 +52,13 @@ struct GradientTile {
   static constexpr int kPixels = kSteps * kStepPixels;
   static constexpr int kMaxPatch = 16 * Math::kLanes;
   static constexpr int kPad = 128 / Math::kLanes;
-  static constexpr int kGradientChunks = kTileK / Math::kLanes, kInputChunks = kTileC / Math::kLanes;  // a pixel
+  static constexpr int kGradientChunks = kTileK / Math::kLanes,
+                       kInputChunks = kTileC / Math::kLanes;  // a pixel
   static constexpr int kGradientRow = kGradientChunks * 16 + kPad, kInputRow = kInputChunks * 16 + kPad;
   static constexpr int kGradientBytes = kPixels * kGradientRow;
   static constexpr int kBufferBytes = kGradientBytes + kMaxPatch * kInputRow;
   static constexpr int kPlaceBytes = 2 * kPixels * 2;
-  static constexpr int kSharedBytes = 2 * kBufferBytes + kPlaceBytes + 2 * 16;
+  static constexpr int kSharedBytes = 2 * kBufferBytes + kPlaceBytes + 3 * 16;
   // Items of g, then of x, one a step.
   static constexpr int kGradientItems = (kPixels * kGradientChunks + kThreads - 1) / kThreads;
   static constexpr int kInputItems = (kMaxPatch * kInputChunks + kThreads - 1) / kThreads;
@@ -105,7 +109,8 @@ struct GradientTile {
       for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          a[mt][i] = *reinterpret_cast<const uint32_t*>(g + i / 2 * 4 * kGradientRow + (16 * mt + i % 2 * 8) * 4);
+          a[mt][i] =
+              *reinterpret_cast<const uint32_t*>(g + i / 2 * 4 * kGradientRow + (16 * mt + i % 2 * 8) * 4);
         }
       }
       const unsigned char* const at[2] = {x + places[pixel0 + t] * kInputRow + row * 4,
@@ -136,7 +141,7 @@ struct GradientTile {
               *reinterpret_cast<const float2*>(at + tap / 3 * pitch * kInputRow + tap % 3 * kInputRow);
 #pragma unroll
           for (int i = 0; i < 2 * MT; ++i) {
-            float(&d)[4] = acc[i / 2][tap];
+            float (&d)[4] = acc[i / 2][tap];
             d[i % 2 * 2] = fmaf(a[i], b.x, d[i % 2 * 2]);
             d[i % 2 * 2 + 1] = fmaf(a[i], b.y, d[i % 2 * 2 + 1]);
           }
@@ -146,8 +151,9 @@ struct GradientTile {
   }
 };
 
-/// Of the sums of v over the lanes that differ in bits 4 and, of eight values, 3: a lane gets two, in v[0] and
-/// v[1], of v's values from shared_out_channel(lane) on. Two registers of sums are so kept instead of eight.
+/// Of the sums of v over the lanes that differ in bits 4 and, of eight values, 3: a lane gets two, in v[0]
+/// and v[1], of v's values from shared_out_channel(lane) on. Two registers of sums are so kept instead of
+/// eight.
 template <int kValues>
 __device__ __forceinline__ void share_out(float (&v)[kValues], int lane) {
 #pragma unroll
@@ -189,15 +195,19 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int warp_k = warp / 4 * 16 * Tile::MT, warp_c = warp % 4 * 8;
   const int c_tiles = (conv.C + Tile::kTileC - 1) / Tile::kTileC;
   const int k_tiles = (conv.K + Tile::kTileK - 1) / Tile::kTileK;
-  const int block = static_cast<int>(blockIdx.x);
-  const int c0 = block % c_tiles * Tile::kTileC, k0 = block / c_tiles % k_tiles * Tile::kTileK;
-  const int split = block / c_tiles / k_tiles;
+  struct Share {
+    int c0, k0, split;
+  };
+  const auto share_of = [&](int block) -> Share {
+    return {block % c_tiles * Tile::kTileC, block / c_tiles % k_tiles * Tile::kTileK,
+            block / c_tiles / k_tiles};
+  };
+  const Share share = share_of(static_cast<int>(blockIdx.x));
   const auto first_tile = [&](int s) {
     return static_cast<int>(static_cast<int64_t>(tiling.tiles) * s / conv.splits);
   };
-  const int end = first_tile(split + 1);
-  const int g_channel = k0 + thread % Tile::kGradientChunks * kLanes;
-  const int x_channel = c0 + thread % Tile::kInputChunks * kLanes;
+  const int g_channel = share.k0 + thread % Tile::kGradientChunks * kLanes;
+  const int x_channel = share.c0 + thread % Tile::kInputChunks * kLanes;
 
   Item<Math, Gradient> g_item;
   Item<Math, Source> x_item;
@@ -249,39 +259,48 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
   };
 
-  int tile = first_tile(split);
-  const Tiling::Position first = tiling.position(tile);
+  const int first_of_share = first_tile(share.split);
+  const Tiling::Position first = tiling.position(first_of_share);
 #pragma unroll 1
   for (int i = 0; i < Tile::kSteps; ++i) {
     start(first, i, 0);
     finish(i, 0);
   }
   find_places(first, 0);
-  if (thread == 0) tiling.store_position(tile + 1, positions + 1);
+  // What the block is at is kept in shared memory, registers are short: the next tile's position and number,
+  // and, in the third place, the block's number and where its share ends.
+  if (thread == 0) {
+    tiling.store_position(first_of_share + 1, positions + 1, first_of_share + 1);
+    positions[2] = make_int4(static_cast<int>(blockIdx.x), first_tile(share.split + 1), 0, 0);
+  }
   cp_async_commit();
 
   float acc[Tile::MT][kTaps][4] = {};
   int buffer = 0;
+  bool more = true;
 #pragma unroll 1
-  for (; tile < end; ++tile, buffer ^= 1) {
+  for (; more; buffer ^= 1) {
     cp_async_wait<0>();
     __syncthreads();
-    const bool more = tile + 1 < end;
     const int4* const next = positions + (buffer ^ 1);
+    more = next->w < positions[2].y;
     if (more) find_places(Tiling::load(next), buffer ^ 1);
-    if (thread == 0) tiling.store_position(tile + 2, positions + buffer);
+    if (thread == 0) tiling.store_position(next->w + 1, positions + buffer, next->w + 1);
     const unsigned char* const g = shared + buffer * Tile::kBufferBytes + warp_k * (16 / kLanes);
     const unsigned char* const x =
         shared + buffer * Tile::kBufferBytes + Tile::kGradientBytes + warp_c * (16 / kLanes);
 #pragma unroll 1
     for (int step = 0; step < Tile::kSteps; ++step) {
       if (more) start(Tiling::load(next), step, buffer ^ 1);
-      Tile::multiply(acc, g, x, tiling.pitch, places + buffer * Tile::kPixels, step * Tile::kStepPixels, lane);
+      Tile::multiply(acc, g, x, tiling.pitch, places + buffer * Tile::kPixels, step * Tile::kStepPixels,
+                     lane);
       if (more) finish(step, buffer ^ 1);
     }
     cp_async_commit();
   }
 
+  __syncthreads();
+  const auto [c0, k0, split] = share_of(positions[2].x);
   const bool pairs = conv.C % 2 == 0;
   const int c = c0 + warp_c + 2 * (lane & 3);
 #pragma unroll
@@ -358,8 +377,8 @@ inline int64_t weight_gradient_bytes(int64_t C, int64_t K) {
 }
 
 template <class Tile, class Source, class Gradient>
-cudaError_t launch_weight_gradient(const ConvSize& s, const Source& x, const Gradient& gradient, float* dweight,
-                                   float* dbias, void* workspace, cudaStream_t stream) {
+cudaError_t launch_weight_gradient(const ConvSize& s, const Source& x, const Gradient& gradient,
+                                   float* dweight, float* dbias, void* workspace, cudaStream_t stream) {
   const Tiling tiling = Tiling::choose(s, false, Tile::kPixels, Tile::kMaxPatch);
   if (tiling.tile_cols == 0) return cudaErrorInvalidValue;
   // At least four tiles a block, whose sums are then not more memory than its input.
@@ -375,8 +394,8 @@ cudaError_t launch_weight_gradient(const ConvSize& s, const Source& x, const Gra
                                                 .splits = static_cast<int>(splits),
                                                 .dweight = sums,
                                                 .dbias = bias_sums};
-    const int64_t blocks = splits * (round_up(s.C, Tile::kTileC) / Tile::kTileC) *
-                           (round_up(s.K, Tile::kTileK) / Tile::kTileK);
+    const int64_t blocks =
+        splits * (round_up(s.C, Tile::kTileC) / Tile::kTileC) * (round_up(s.K, Tile::kTileK) / Tile::kTileK);
     const cudaError_t error =
         launch(&conv_weight_gradient_kernel<Tile, Source, Gradient>, dim3(static_cast<unsigned>(blocks)),
                dim3(Tile::kThreads), Tile::kSharedBytes, stream, conv);
@@ -384,21 +403,21 @@ cudaError_t launch_weight_gradient(const ConvSize& s, const Source& x, const Gra
   }
   const int64_t outputs = (kTaps * s.C + 1) * s.K;
   return launch(&add_splits_kernel, dim3(static_cast<unsigned>((outputs + kAddThreads - 1) / kAddThreads)),
-                dim3(kAddThreads), 0, stream, sums, bias_sums, static_cast<int>(splits), static_cast<int>(s.K),
-                static_cast<int>(s.C), dweight, dbias);
+                dim3(kAddThreads), 0, stream, sums, bias_sums, static_cast<int>(splits),
+                static_cast<int>(s.K), static_cast<int>(s.C), dweight, dbias);
 }
 
 template <class Math, class Source, class Gradient>
 cudaError_t weight_gradient(const ConvSize& s, const Source& x, const Gradient& gradient, float* dweight,
                             float* dbias, void* workspace, cudaStream_t stream) {
-  // float32 tensors multiplied in bf16 have 16 numbers a thread on their way, for which the larger tile has no
-  // registers left.
+  // float32 tensors multiplied in bf16 have 16 numbers a thread on their way, for which the larger tile has
+  // no registers left.
   constexpr bool kNarrow = !std::is_same_v<typename Source::Element, typename Math::Shared>;
   if (kNarrow || s.K <= 32) {
     return launch_weight_gradient<GradientTile<Math, 1>>(s, x, gradient, dweight, dbias, workspace, stream);
   }
-  return launch_weight_gradient<GradientTile<Math, kNarrow ? 1 : 2>>(s, x, gradient, dweight, dbias, workspace,
-                                                                     stream);
+  return launch_weight_gradient<GradientTile<Math, kNarrow ? 1 : 2>>(s, x, gradient, dweight, dbias,
+                                                                     workspace, stream);
 }
 
 }  // namespace maskcore

@@ -331,13 +331,21 @@ def test_conv_bn_relu_train(batch_norm: cuda_emulator.Kernels, s: Size, kind: st
     # operand's rounding is in the bound here. Of random terms' sum it is 2^-(mantissa + 1) of their root sum of
     # squares at most, of the largest of these; six standard deviations of 1 / sqrt(3) of that.
     unit = 2.0 ** -(k.mantissa + 1) * 6 / math.sqrt(3)
-    squares_dx, squares_dweight = gradients(dz.square(), rounded_x.square(), rounded_weight.square(), s.padding)
+    squares_dx, squares_dweight = gradients(
+        dz.square(), rounded_x.square(), rounded_weight.square(), s.padding
+    )
     for name, ours, exact, squares, terms in (
         ("dx", dx, dx_exact, squares_dx, 9 * s.K),
         ("dweight", dweight, dweight_exact, squares_dweight, pixels),
     ):
         rounding = unit * float(squares.max().sqrt())
-        close(ours, exact, terms, name, magnitude=rounding / (2 * math.sqrt(terms) * EPS32) + float(exact.abs().max()))
+        close(
+            ours,
+            exact,
+            terms,
+            name,
+            magnitude=rounding / (2 * math.sqrt(terms) * EPS32) + float(exact.abs().max()),
+        )
 
 
 @pytest.mark.parametrize("order", cuda_emulator.ORDERS)
@@ -360,7 +368,9 @@ def test_same_bits_in_any_order(
         results = (Output(torch.empty_like(y)), Output(z), Output(mean), Output(var))
         vectors = (torch.zeros(s.K), torch.ones(s.K), torch.zeros(s.K), 1e-3)
         space = workspace(batch_norm, "conv_bn_relu_train_workspace_bytes", call)
-        batch_norm.run("launch_conv_bn_relu_train", call, x, weight, *vectors, *results, space, order=used, seed=3)
+        batch_norm.run(
+            "launch_conv_bn_relu_train", call, x, weight, *vectors, *results, space, order=used, seed=3
+        )
         found.append((dx, dweight, dbias, z, mean, var))
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)
