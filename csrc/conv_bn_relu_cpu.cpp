@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_cpu(const Tensor& 
     const TileGrid grid{.N = s.N, .P = s.P, .Q = s.Q};
     const int64_t blocks = block_count(grid, s.C, s.K);
     Moments moments(blocks, s.K);
-    const StoreOutput<false> z_output{.y = z_data, .P = s.P, .Q = s.Q, .K = s.K, .bias = bias_data};
+    const StoreOutput<false> z_output{.y = z_data, .N = s.N, .P = s.P, .Q = s.Q, .K = s.K, .bias = bias_data};
     const MomentsOutput sink{.z = z_output, .moments = moments, .grid = grid, .blocks = blocks};
     with_operands(allowed, [&]<class Operands>() {
       const auto* filter = transform_filters<Operands>(weight_data, FilterShape::forward(s.K, s.C));
@@ -182,15 +182,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_cpu(const Tensor& 
   const Affine affine(s.K, gamma.const_data_ptr<float>(), beta.const_data_ptr<float>(), mean_data, var_data,
                       eps);
   const float *scale = affine.scale.data(), *shift = affine.shift.data();
+  const bool streamed = streams(y_data, s.K, rows * row_floats);
   torch::stable::parallel_for(0, rows, 1, [=](int64_t begin, int64_t end) {
     for (int64_t pixel = begin * s.Q; pixel < end * s.Q; ++pixel) {
       const float* z_pixel = z_data + pixel * s.K;
       float* y_pixel = y_data + pixel * s.K;
       for_each_vector(s.K, [&](int64_t k, auto lanes) {
-        store(y_pixel + k, relu(load(scale + k, lanes) * load(z_pixel + k, lanes) + load(shift + k, lanes)),
-              lanes);
+        const Vec y_k = relu(load(scale + k, lanes) * load(z_pixel + k, lanes) + load(shift + k, lanes));
+        if (streamed) {
+          stream(y_pixel + k, y_k);
+        } else {
+          store(y_pixel + k, y_k, lanes);
+        }
       });
     }
+    stream_fence();
   });
   return {y, z, mean, var};
 }
@@ -203,18 +209,24 @@ void gradient_sums(const float* dy, const float* z, const Affine& affine, const 
     for (int64_t row = begin; row < end; ++row) {
       float* sum_g = sums + row * 2 * K;
       float* sum_gz = sum_g + K;
-      for_each_vector(K, [&](int64_t k, auto lanes) {
-        const Vec a = load(scale + k, lanes), b = load(shift + k, lanes), m = load(mean + k, lanes);
-        Vec total_g{}, total_gz{};
+      // A tile's width of channels at a time: adjacent cache lines.
+      for (int64_t k = 0; k < K; k += kTileColumns) {
+        Vec total_g[kTileVectors] = {}, total_gz[kTileVectors] = {};
         for (int64_t pixel = row * Q; pixel < (row + 1) * Q; ++pixel) {
-          const Vec z_k = load(z + pixel * K + k, lanes);
-          const Vec g = relu_gradient(load(dy + pixel * K + k, lanes), a * z_k + b);
-          total_g += g;
-          total_gz += g * (z_k - m);
+          for_each_vector(std::min<int64_t>(kTileColumns, K - k), [&](int64_t j, auto lanes) {
+            const int64_t c = k + j, at = pixel * K + c;
+            const Vec z_c = load(z + at, lanes);
+            const Vec g =
+                relu_gradient(load(dy + at, lanes), load(scale + c, lanes) * z_c + load(shift + c, lanes));
+            total_g[j / kLanes] += g;
+            total_gz[j / kLanes] += g * (z_c - load(mean + c, lanes));
+          });
         }
-        store(sum_g + k, total_g, lanes);
-        store(sum_gz + k, total_gz, lanes);
-      });
+        for_each_vector(std::min<int64_t>(kTileColumns, K - k), [&](int64_t j, auto lanes) {
+          store(sum_g + k + j, total_g[j / kLanes], lanes);
+          store(sum_gz + k + j, total_gz[j / kLanes], lanes);
+        });
+      }
     }
   });
 }

@@ -58,7 +58,7 @@ Tensor conv_relu_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   float* y_data = y.mutable_data_ptr<float>();
   const float* bias_data = bias.const_data_ptr<float>();
   if (use_winograd(s)) {
-    const StoreOutput<true> sink{.y = y_data, .P = s.P, .Q = s.Q, .K = s.K, .bias = bias_data};
+    const StoreOutput<true> sink{.y = y_data, .N = s.N, .P = s.P, .Q = s.Q, .K = s.K, .bias = bias_data};
     convolve_winograd(s, TileGrid{.N = s.N, .P = s.P, .Q = s.Q}, allowed, x, weight, transformed, sink);
     return y;
   }

@@ -29,6 +29,7 @@
 
 #include "operands.h"
 #include "phases.h"
+#include "read_ahead.h"
 #include "register_tile.h"
 #include "shapes.h"
 #include "sources.h"
@@ -266,6 +267,26 @@ void for_each_grid_tile(const TileGrid& grid, int64_t begin, int64_t end, const 
   }
 }
 
+/// Notes the pixels of `source` that the tiles [begin, end) read: `size` x `size` each, a tile's first at
+/// (p - margin, q - margin).
+template <class Source>
+void add_reads(const Source& source, const TileGrid& grid, int64_t begin, int64_t end, int64_t size,
+               int64_t margin, ReadAhead& ahead) {
+  while (begin < end) {
+    const int64_t column = begin % grid.columns, row = begin / grid.columns % grid.rows,
+                  n = begin / grid.columns / grid.rows;
+    const int64_t tiles = std::min(end - begin, grid.columns - column);
+    const int64_t w = std::max<int64_t>(0, column * kOut - margin);
+    const int64_t pixels = std::min(source.W, column * kOut - margin + (tiles - 1) * kOut + size) - w;
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t h = row * kOut - margin + i;
+      if (h < 0 || h >= source.H || pixels <= 0) continue;
+      source.for_each_run(n, h, w, pixels, [&](const float* run, int64_t floats) { ahead.add(run, floats); });
+    }
+    begin += tiles;
+  }
+}
+
 /// The components of up to `capacity` tiles, each with room for [panel of channels][tile][kTileColumns]
 /// floats: the results of products, or operands, which begin their panels and may be shorter.
 struct TilePanels {
@@ -375,13 +396,13 @@ void load_gradient_tile(const Gradient& gradient, const Tile& tile, const TilePa
 // ---- forward ---------------------------------------------------------------------------------
 
 // V and M of a block of tiles lie in L2 together: 36 * 4 * (C + kOutputChannels) bytes a tile.
-inline constexpr int64_t kBlockBytes = (kVectorBytes == 64 ? 896 : 448) * 1024;
+inline constexpr int64_t kBlockBytes = 448 * 1024;
 inline constexpr int64_t kOutputChannels = 64;
 
 /// The number of blocks that the tiles are cut into; it depends on the shape alone, as block sums must.
 inline int64_t block_count(const TileGrid& grid, int64_t C, int64_t K) {
   const int64_t tile_bytes = kComponents * 4 * (C + std::min(K, kOutputChannels));
-  const int64_t wanted = std::clamp<int64_t>(kBlockBytes / tile_bytes / kTileRows, 2, 8) * kTileRows;
+  const int64_t wanted = std::clamp<int64_t>(kBlockBytes / tile_bytes / kTileRows, 1, 8) * kTileRows;
   const int64_t blocks = ceil_div(grid.tiles, wanted);
   return std::min(grid.tiles, blocks + blocks % 2);  // even, for two cores
 }
@@ -390,12 +411,14 @@ inline int64_t block_count(const TileGrid& grid, int64_t C, int64_t K) {
 ///   v  panels of kTileColumns channels, v_panel elements apart
 template <class Operands, int M>
 void multiply_tile(const typename Operands::Element* v, int64_t v_panel, const typename Operands::Element* u,
-                   int64_t C, float* m) {
+                   int64_t C, float* m, ReadAhead& ahead) {
   constexpr int64_t kDepth = Operands::kDepth;
   Vec acc[M][kTileVectors] = {};
   for (int64_t c = 0; c < C; c += kTileColumns, v += v_panel) {
     const int64_t count = std::min<int64_t>(kTileColumns, C - c);
+    const float* chunk = ahead.chunk();
     for (int64_t i = 0; i < count; i += kDepth, u += kTileColumns * kDepth) {
+      __builtin_prefetch(chunk + i * (ReadAhead::kChunk / kTileColumns), /*rw=*/0, /*locality=*/2);
       Operands::template add_channels<M>(acc, v + i, kTileColumns, u);
     }
   }
@@ -410,15 +433,20 @@ void multiply_tile(const typename Operands::Element* v, int64_t v_panel, const t
 template <class Operands>
 void multiply_component(int64_t component, const TilePanels& v, const FilterShape& f,
                         const typename Operands::Element* filter, int64_t first, int64_t last, int64_t tiles,
-                        const TilePanels& m) {
+                        const TilePanels& m, ReadAhead& ahead) {
   constexpr int64_t kElements = sizeof(float) / sizeof(typename Operands::Element);  // in a float's place
   for (int64_t panel = first; panel < last; ++panel) {
     const auto* u = filter + (component * f.panels + panel) * f.panel_size<Operands>();
     for_each_tile(tiles, [&]<int M>(int64_t i) {
       multiply_tile<Operands, M>(v.operands<Operands>(component, 0, i), v.panel_floats * kElements, u,
-                                 v.channels, m.at(component, panel - first, i));
+                                 v.channels, m.at(component, panel - first, i), ahead);
     });
   }
+}
+
+/// How often the products of a block call ReadAhead::chunk().
+inline int64_t chunk_calls(const FilterShape& f, int64_t tiles) {
+  return kComponents * f.panels * ceil_div(tiles, kTileRows) * ceil_div(f.rows, kTileColumns);
 }
 
 /// Computes the outputs of `grid`, the first rows and columns of the whole output.
@@ -435,9 +463,14 @@ void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& s
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first_block, int64_t last_block) {
     const TilePanels v(Purpose::kInputPanel, s.C, block_tiles);
     const TilePanels m(Purpose::kConvolved, pass_panels * kTileColumns, block_tiles);
+    ReadAhead ahead;
     PhaseClock clock;
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t begin = block * grid.tiles / blocks, end = (block + 1) * grid.tiles / blocks;
+      const int64_t next_end = block + 1 < last_block ? (block + 2) * grid.tiles / blocks : end;
+      ahead.clear();
+      add_reads(source, grid, end, next_end, kIn, s.padding, ahead);
+      ahead.spread(chunk_calls(f, end - begin));
       for_each_grid_tile(grid, begin, end, [&](const Tile& tile, int64_t i) {
         load_input_tile<Operands, SumOver::kChannels>(source, tile.n, tile.p - s.padding, tile.q - s.padding,
                                                       v, i);
@@ -446,7 +479,7 @@ void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& s
       for (int64_t first = 0; first < f.panels; first += pass_panels) {
         const int64_t last = std::min(f.panels, first + pass_panels);
         for (int64_t component = 0; component < kComponents; ++component) {
-          multiply_component<Operands>(component, v, f, filter, first, last, end - begin, m);
+          multiply_component<Operands>(component, v, f, filter, first, last, end - begin, m, ahead);
         }
         clock.end(Phase::kProducts);
         const int64_t k = first * kTileColumns, channels = std::min(s.K - k, m.channels);
@@ -464,15 +497,23 @@ void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& s
         clock.end(Phase::kOutputTransform);
       }
     }
+    stream_fence();
   });
+}
+
+/// Whether the vectors of a tensor [..,channels] of so many floats are better written past the caches: it is
+/// too large to stay in them, and every vector is whole and aligned.
+inline bool streams(const float* x, int64_t channels, int64_t floats) {
+  return floats >= kStreamedFloats && channels % kLanes == 0 && can_stream(x);
 }
 
 /// y = the convolution plus bias [K], through ReLU if kRelu.
 template <bool kRelu>
 struct StoreOutput {
   float* y;  // [N,P,Q,K]
-  int64_t P, Q, K;
+  int64_t N, P, Q, K;
   const float* bias;
+  bool streamed = streams(y, K, N * P * Q * K);
 
   template <class Lanes>
   void save(int64_t, const Tile& tile, int64_t k, Lanes lanes, const Vec (&y_tile)[kOut][kOut]) const {
@@ -480,8 +521,12 @@ struct StoreOutput {
     float* out = y + ((tile.n * P + tile.p) * Q + tile.q) * K + k;
     for (int64_t i = 0; i < tile.height; ++i) {
       for (int64_t j = 0; j < tile.width; ++j) {
-        const Vec v = y_tile[i][j] + b;
-        store(out + (i * Q + j) * K, kRelu ? relu(v) : v, lanes);
+        const Vec sum = y_tile[i][j] + b, v = kRelu ? relu(sum) : sum;
+        if (streamed) {
+          stream(out + (i * Q + j) * K, v);
+        } else {
+          store(out + (i * Q + j) * K, v, lanes);
+        }
       }
     }
   }
@@ -567,6 +612,7 @@ struct InputGradient {
     if (plain) {
       transform([&](int i, int j, Vec d, int64_t c, auto lanes) {
         float* to = out + (i * W + j) * C + c;
+        if (j >= kIn - kOut) __builtin_prefetch(to + kOut * C, /*rw=*/1);  // what the tile to the right adds
         store(to, i < kIn - kOut || j < kIn - kOut ? load(to, lanes) + d : d, lanes);
       });
     } else {
@@ -665,32 +711,37 @@ class WinogradBackward {
 
   /// One component's dU (+)= V dM, then its dV, in the place of V, which is not needed any more.
   void multiply(int64_t component, const TilePanels& v, const TilePanels& m, int64_t tiles, bool add,
-                float* du) const {
+                float* du, ReadAhead& ahead) const {
     multiply_weight_component<Operands>(component, v, m, tiles, add,
                                         du + component * (du_floats_ / kComponents));
     if (filter_ != nullptr) {
-      multiply_component<Operands>(component, m, filter_shape_, filter_, 0, v.panels, tiles, v);
+      multiply_component<Operands>(component, m, filter_shape_, filter_, 0, v.panels, tiles, v, ahead);
     }
   }
 
   void run_pieces(int64_t pieces) const {
-    const int64_t tile_rows = grid_.N * grid_.rows, block = tiles_in(kBlockBytes, 2);
+    const int64_t tile_rows = grid_.N * grid_.rows, block = tiles_in(kBlockBytes, 1);
     const auto first_row = [=](int64_t piece) { return piece * tile_rows / pieces; };
     // A piece that starts within an image keeps what it adds to the rows of the piece before apart.
     const int64_t top_floats = (kIn - kOut) * s_.W * s_.C;
     float* tops = workspace(Purpose::kRows, filter_ == nullptr ? 0 : pieces * top_floats);
     torch::stable::parallel_for(0, pieces, 1, [&](int64_t first_piece, int64_t last_piece) {
       const TilePanels v(Purpose::kInputPanel, s_.C, block), m(Purpose::kGradientPanel, s_.K, block);
+      ReadAhead ahead;
       PhaseClock clock;
       for (int64_t piece = first_piece; piece < last_piece; ++piece) {
         const int64_t begin = first_row(piece) * grid_.columns, end = first_row(piece + 1) * grid_.columns;
         const int64_t top_end = first_row(piece) % grid_.rows == 0 ? begin : begin + grid_.columns;
         for (int64_t first = begin; first < end; first += block) {
-          const int64_t last = std::min(end, first + block);
+          const int64_t last = std::min(end, first + block), next_last = std::min(end, last + block);
+          ahead.clear();
+          add_reads(input_, grid_, last, next_last, kIn, s_.padding, ahead);
+          add_reads(gradient_, grid_, last, next_last, kOut, 0, ahead);
+          ahead.spread(chunk_calls(filter_shape_, last - first));
           transform(first, last, v, m, 0, partial_db_ + piece * s_.K);
           clock.end(Phase::kInputTransform);
           for (int64_t component = 0; component < kComponents; ++component) {
-            multiply(component, v, m, last - first, first > begin, du_ + piece * du_floats_);
+            multiply(component, v, m, last - first, first > begin, du_ + piece * du_floats_, ahead);
           }
           clock.end(Phase::kProducts);
           if (filter_ == nullptr) continue;
@@ -720,8 +771,10 @@ class WinogradBackward {
         transform(begin, std::min(last, begin + kGroupTiles), v, m, begin - first,
                   partial_db_ + group * s_.K);
       });
-      in_parallel(kComponents, Phase::kProducts,
-                  [&](int64_t component) { multiply(component, v, m, last - first, first > 0, du_); });
+      in_parallel(kComponents, Phase::kProducts, [&](int64_t component) {
+        ReadAhead nothing;  // the shared batch is read by all
+        multiply(component, v, m, last - first, first > 0, du_, nothing);
+      });
       if (filter_ == nullptr) continue;
       const int64_t first_image = first / image_tiles, images = ceil_div(last, image_tiles) - first_image;
       in_parallel(images * v.panels, Phase::kOutputTransform, [&](int64_t task) {

@@ -15,10 +15,6 @@
 #include "shapes.h"
 #include "vector.h"
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 namespace maskcore {
 
 enum class SumOver : std::uint8_t { kChannels, kTiles };

@@ -29,6 +29,10 @@ STABLE_TORCH_LIBRARY(maskcore, m) {
       " -> (Tensor dx, Tensor dweight, Tensor dgamma, Tensor dbeta)");
   m.def("max_pool(Tensor x) -> (Tensor y, Tensor argmax)");
   m.def("_max_pool_backward(Tensor dy, Tensor argmax, int H, int W) -> Tensor");
+  m.def("dense(Tensor x, Tensor weight, Tensor bias, bool relu=False) -> Tensor");
+  m.def(
+      "_dense_backward(Tensor dy, Tensor x, Tensor weight, Tensor y, bool relu)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def("softmax_cross_entropy(Tensor logits, Tensor target) -> (Tensor loss, Tensor probabilities)");
   m.def("_softmax_cross_entropy_backward(Tensor dloss, Tensor probabilities, Tensor target) -> Tensor");
   m.def(

@@ -1,7 +1,8 @@
 // Where a convolution's operands come from. A source gives the vector of channels [c, c + lanes) of one
 // pixel; what it computes on the way (ReLU mask, max-pool expansion, batch-norm gradient) is thus fused
-// into the load and never stored as a tensor. It can also ask for a pixel's cache lines ahead of time: the
-// strides of a tile's rows and pixels are beyond what processors foresee.
+// into the load and never stored as a tensor. It can also ask for a pixel's cache lines ahead of time,
+// because the strides of a tile's rows and pixels are beyond what processors foresee, and name the stretches
+// of memory that some pixels of a row lie in (read_ahead.h).
 #pragma once
 
 #include <algorithm>
@@ -27,6 +28,11 @@ struct Activation {
   void prefetch(int64_t n, int64_t h, int64_t w, int64_t c) const {
     __builtin_prefetch(row(n, h) + w * C + c);
   }
+  /// f(begin, floats) for each stretch of the pixels [w, w + pixels) of a row.
+  template <class F>
+  void for_each_run(int64_t n, int64_t h, int64_t w, int64_t pixels, const F& f) const {
+    f(row(n, h) + w * C, pixels * C);
+  }
 };
 
 /// The gradient in front of a ReLU whose output is y.
@@ -43,6 +49,12 @@ struct ReluGradient {
     const int64_t i = ((n * H + h) * W + w) * C + c;
     __builtin_prefetch(dy + i);
     __builtin_prefetch(y + i);
+  }
+  template <class F>
+  void for_each_run(int64_t n, int64_t h, int64_t w, int64_t pixels, const F& f) const {
+    const int64_t i = ((n * H + h) * W + w) * C;
+    f(dy + i, pixels * C);
+    f(y + i, pixels * C);
   }
 };
 
@@ -66,6 +78,13 @@ struct PooledReluGradient {
     __builtin_prefetch(dy + i);
     __builtin_prefetch(y + i);
     __builtin_prefetch(argmax + i);
+  }
+  template <class F>
+  void for_each_run(int64_t n, int64_t h, int64_t w, int64_t pixels, const F& f) const {
+    if (h & 1) return;
+    const int64_t i = ((n * (H / 2) + h / 2) * (W / 2) + w / 2) * C;
+    f(dy + i, pixels / 2 * C);
+    f(y + i, pixels / 2 * C);
   }
 };
 
@@ -93,6 +112,12 @@ struct BatchNormReluGradient {
     const int64_t i = ((n * H + h) * W + w) * C + c;
     __builtin_prefetch(dy + i);
     __builtin_prefetch(z + i);
+  }
+  template <class F>
+  void for_each_run(int64_t n, int64_t h, int64_t w, int64_t pixels, const F& f) const {
+    const int64_t i = ((n * H + h) * W + w) * C;
+    f(dy + i, pixels * C);
+    f(z + i, pixels * C);
   }
 };
 

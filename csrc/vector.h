@@ -7,6 +7,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #define MASKCORE_INLINE __attribute__((always_inline))
 
 namespace maskcore {
@@ -50,6 +54,27 @@ inline void store(float* p, Vec v, int64_t lanes) {
   } else if (lanes > 0) {
     std::memcpy(p, &v, static_cast<size_t>(lanes) * sizeof(float));
   }
+}
+
+/// Tensors of so many floats are streamed: 8 MiB, more than a core's share of the last cache as a rule.
+inline constexpr int64_t kStreamedFloats = 2 * 1024 * 1024;
+/// Whether stream() may be used from p on.
+inline bool can_stream(const float* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
+/// Past the caches, for what is read again only when it would have left them: the line is not fetched first.
+/// stream_fence() before another thread reads it.
+inline void stream(float* p, Vec v) {
+#if defined(__AVX512F__) && !defined(MASKCORE_VECTOR_BYTES)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__) && !defined(MASKCORE_VECTOR_BYTES)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+inline void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 /// max(v, 0); NaN stays NaN, as torch.relu has it.

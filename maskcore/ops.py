@@ -457,9 +457,9 @@ _autograd("maskcore::max_pool", _max_pool_backward, setup_context=_max_pool_setu
 def dense(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
     """Fully connected layer: ``x weight^T + bias``, then ReLU if asked for.
 
-    x ``[N, C]``, weight ``[K, C]``, bias ``[K]``. PyTorch's matrix product is used as it is: at batch 8 it
-    runs at the speed of the memory that the weights come from. On a CUDA device x may be bfloat16, and the result
-    is then too; weight and bias are rounded for it.
+    x ``[N, C]``, weight ``[K, C]``, bias ``[K]``, float32. On the CPU up to 8 samples are computed at the speed of
+    the memory that the weights come from; larger batches, and other devices, take PyTorch's matrix product. On a CUDA
+    device x may be bfloat16, and the result is then too; weight and bias are rounded for it.
     """
     if x.dim() != 2:
         raise ValueError(f"x must be [N, C], has {x.dim()} dimensions")
@@ -471,12 +471,40 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor.dtype != torch.float32 and not (name == "x" and on_cuda and x.dtype == torch.bfloat16):
             raise TypeError(f"{name} must be float32, is {tensor.dtype}")
-    return dense_reference(x, weight.to(x.dtype), bias.to(x.dtype), relu)
+    _check_devices("x", x.device, weight=weight, bias=bias)
+    if x.device.type != "cpu":
+        return dense_reference(x, weight.to(x.dtype), bias.to(x.dtype), relu)
+    return _ops.dense(x.contiguous(), weight.contiguous(), bias.contiguous(), relu)
 
 
 def dense_reference(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
     y = F.linear(x, weight, bias)
     return F.relu(y) if relu else y
+
+
+@_fake("maskcore::dense")
+def _(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@_fake("maskcore::_dense_backward")
+def _(dy: Tensor, x: Tensor, weight: Tensor, y: Tensor, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+def _dense_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.relu = inputs
+    ctx.save_for_backward(x, weight, output)
+
+
+@once_differentiable
+def _dense_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, y = ctx.saved_tensors
+    dx, dweight, dbias = _ops._dense_backward(dy.contiguous(), x, weight, y, ctx.relu)
+    return dx, dweight, dbias, None
+
+
+_autograd("maskcore::dense", _dense_backward, setup_context=_dense_setup)
 
 
 # ---- softmax_cross_entropy -----------------------------------------------------------------------

@@ -740,8 +740,13 @@ def test_max_pool_threads_repetition_and_poison() -> None:
 # ---- dense ---------------------------------------------------------------------------------------
 
 
+# Around 8 samples, 256 columns, 1 to 4 rows and the vectors (csrc/dense_cpu.cpp); the last one is streamed.
+DENSE = [(1, 1, 1), (2, 17, 5), (8, 300, 33), (3, 16, 512), (0, 4, 3), (4, 1000, 7), (5, 257, 9), (6, 513, 3)]
+DENSE += [(7, 255, 4), (9, 40, 6), (33, 16, 17), (2, 8192, 260)]
+
+
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize(("N", "C", "K"), [(1, 1, 1), (2, 17, 5), (8, 300, 33), (3, 16, 512), (0, 4, 3)])
+@pytest.mark.parametrize(("N", "C", "K"), DENSE)
 def test_dense(N: int, C: int, K: int, relu: bool, as_exact_as_torch: Callable[..., None]) -> None:
     inputs = {"x": torch.randn(N, C), "weight": torch.randn(K, C) / C**0.5, "bias": torch.randn(K)}
 
@@ -759,6 +764,23 @@ def test_dense(N: int, C: int, K: int, relu: bool, as_exact_as_torch: Callable[.
     for key, value in ours.items():
         length = {"y": C, "dx": K}.get(key, max(N, 1))
         as_exact_as_torch(value, torch32[key], exact[key], length, f"dense {key}")
+
+
+@pytest.mark.parametrize("N", [1, 8])
+def test_dense_threads_and_poison_change_no_bit(N: int) -> None:
+    x, weight = torch.randn(N, 2000).requires_grad_(), torch.randn(70, 2000).requires_grad_()
+    bias, dy = torch.randn(70).requires_grad_(), torch.randn(N, 70)
+
+    def run() -> tuple[Tensor, ...]:
+        y = ops.dense(x, weight, bias, relu=True)
+        return y.detach(), *torch.autograd.grad(y, (x, weight, bias), dy)
+
+    expected = run()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        poison([N * 2000, 70 * 2000, N * 70, 70])
+        for ours, first in zip(run(), expected, strict=True):
+            assert torch.equal(ours, first), f"with {threads} threads"
 
 
 # ---- softmax_cross_entropy -----------------------------------------------------------------------
@@ -1061,6 +1083,10 @@ def op_samples() -> dict[str, list[tuple[Any, ...]]]:
         "conv_relu_max_pool": [(leaf(2, 7, 6, 3), leaf(5, 3, 3, 3), leaf(5), p) for p in (0, 1)],
         "conv_bn_relu_train": [(leaf(2, 7, 6, 3), *bn, p) for p in (0, 1)] + [(x, *bn, 0)],
         "max_pool": [(leaf(2, 7, 6, 3),), (x,)],
+        "dense": [(leaf(4, 7), leaf(3, 7), leaf(3), relu) for relu in (True, False)],
+        "_dense_backward": [
+            (torch.randn(9, 3), torch.randn(9, 7), torch.randn(3, 7), torch.randn(9, 3), True)
+        ],
         "softmax_cross_entropy": [(leaf(4, 3), target)],
         "adam_": [(*adam_state([(3, 2), (4,)], 3), *settings, keras) for keras in (True, False)],
         "adam_counted_": [(*adam_state([(3, 2), (4,)], 3), torch.tensor(2), *settings[:-1], True)],
