@@ -54,9 +54,12 @@ TARGETS = {
 }
 REGISTERS = 65536
 LEAST_OCCUPANCY = 0.25
-#: Kernels under LEAST_OCCUPANCY, and why that is right.
+#: Kernels, as regular expressions, that an SM holds fewer of than LEAST_OCCUPANCY or their __launch_bounds__ ask for,
+#: and why that is right.
 FEW_THREADS = {
     "adam_count_kernel": "one thread: the two factors of a step",
+    r"conv_halo_tile_kernel<HaloTile<\w+, 4, 1, 2, 2, 4, true>": "the whole filter of a 32-channel layer stays in the "
+    "block's shared memory: it saves more traffic through L2 than more warps would hide",
 }
 
 
@@ -254,6 +257,8 @@ CONVOLUTIONS = [
     (32, 25, 25, 128, 256),
     (32, 23, 23, 256, 256),
     (2, 9, 9, 5, 7),
+    (2, 20, 20, 256, 32),
+    (2, 20, 20, 32, 256),
     (1, 40, 40, 8, 16),
 ]
 ADDRESS = 1 << 20
@@ -322,8 +327,8 @@ def launched() -> dict[str, tuple[int, int]]:
 # ---- budgets and the table -----------------------------------------------------------------------
 
 
-def base_name(kernel: str) -> str:
-    return kernel.partition("<")[0]
+def is_excused(kernel: str) -> bool:
+    return any(re.match(pattern, kernel) for pattern in FEW_THREADS)
 
 
 def problems(target: str) -> list[str]:
@@ -341,12 +346,16 @@ def problems(target: str) -> list[str]:
             found.append(f"{kernel}: has no __launch_bounds__")
         elif threads > r.threads:
             found.append(f"{kernel}: launched with {threads} threads, bound to {r.threads}")
-        elif r.blocks and occupancy < min(r.blocks * -(-r.threads // 32) / (limits.threads // 32), 1):
+        elif (
+            r.blocks
+            and not is_excused(kernel)
+            and occupancy < min(r.blocks * -(-r.threads // 32) / (limits.threads // 32), 1)
+        ):
             held = occupancy * limits.threads / threads
             found.append(
                 f"{kernel}: an SM holds {held:g} blocks, not {r.blocks} ({shared} bytes of shared memory)"
             )
-        if occupancy < LEAST_OCCUPANCY and base_name(kernel) not in FEW_THREADS:
+        if occupancy < LEAST_OCCUPANCY and not is_excused(kernel):
             found.append(f"{kernel}: occupancy {occupancy:.0%}, without a reason in FEW_THREADS")
     return [f"{target}, {sentence}" for sentence in found]
 
