@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -116,25 +117,27 @@ def torch_libraries() -> dict[str, list[str]]:
 
 
 def compile_cuda(nvcc: Path, source: Path, folder: Path) -> str:
-    """Compiles one .cu file and returns its object. torch's own nvcc rules refuse a torch without CUDA."""
+    """Compiles one file, of kernels or of host code, and returns its object.
+
+    torch's own nvcc rules refuse a torch without CUDA. Kernels (.cu) see no header of torch's.
+    """
     built = folder / f"{source.stem}.o"
-    newest = max(path.stat().st_mtime for path in (source, *Path("csrc").glob("*.h")))
+    headers = (path for pattern in ("*.h", "*.cuh") for path in Path("csrc").glob(pattern))
+    newest = max(path.stat().st_mtime for path in (source, *headers))
     if built.exists() and built.stat().st_mtime > newest:
         return str(built)
-    host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    flags = [
-        "-std=c++20",
-        "-O3",
-        "--Werror",
-        "all-warnings",
-        "--threads",
-        "2",
-        *host,
-        "-DUSE_CUDA",
-        STABLE_ABI,
-    ]
-    subprocess.run([nvcc, *flags, *torch_includes(), *gencode_flags(), "-c", source, "-o", built], check=True)
+    flags = ["-std=c++20", "-O3", "--Werror", "all-warnings", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    if source.suffix == ".cu":
+        flags += ["--threads", "2", *gencode_flags()]
+    else:
+        flags += ["-DUSE_CUDA", STABLE_ABI, *torch_includes()]
+    subprocess.run([nvcc, *flags, "-c", source, "-o", built], check=True)
     return str(built)
+
+
+def cuda_jobs() -> int:
+    """nvcc compiles for two generations at a time, so half as many of it as processors."""
+    return max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1) // 2)
 
 
 def link_cuda(nvcc: Path, objects: list[str], library: Path) -> None:
@@ -168,7 +171,8 @@ def cpu_kernels(isa: str, flags: str) -> Extension:
 
 def cuda_kernels() -> Extension:
     """Compiled and linked by Build.build_cuda: torch's build commands must not see the .cu files."""
-    return Extension("maskcore._kernels_cuda", [], depends=sorted(map(str, Path("csrc").glob("*_cuda.cu"))))
+    sources = ["csrc/ops_cuda.cpp", *sorted(map(str, Path("csrc").glob("*_cuda.cu")))]
+    return Extension("maskcore._kernels_cuda", [], depends=sources)
 
 
 def native() -> Extension:
@@ -216,7 +220,12 @@ def build() -> None:
             self.build_temp = shared
 
         def build_cuda(self, nvcc: Path, ext: Extension) -> None:
-            objects = [compile_cuda(nvcc, Path(source), Path(self.build_temp)) for source in ext.depends]
+            # The largest first, so that none is left alone at the end.
+            sources = sorted(map(Path, ext.depends), key=lambda path: -path.stat().st_size)
+            with ThreadPoolExecutor(cuda_jobs()) as pool:
+                objects = list(
+                    pool.map(lambda source: compile_cuda(nvcc, source, Path(self.build_temp)), sources)
+                )
             library = Path(self.get_ext_fullpath(ext.name))
             library.parent.mkdir(parents=True, exist_ok=True)
             link_cuda(nvcc, objects, library)

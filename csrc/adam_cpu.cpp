@@ -96,7 +96,22 @@ void adam_cpu(const std::vector<Tensor>& parameters, const std::vector<Tensor>& 
   });
 }
 
+/// step counts the steps done so far, and goes up by one.
+void adam_counted_cpu(const std::vector<Tensor>& parameters, const std::vector<Tensor>& gradients,
+                      const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+                      const Tensor& step, double lr, double beta1, double beta2, double eps, double l2,
+                      bool keras_epsilon) {
+  check_tensor(step, "step", {}, ScalarType::Long);
+  int64_t* count = step.mutable_data_ptr<int64_t>();
+  adam_cpu(parameters, gradients, exp_avgs, exp_avg_sqs, lr, beta1, beta2, eps, l2, *count + 1,
+           keras_epsilon);
+  *count += 1;
+}
+
 }  // namespace
 }  // namespace maskcore
 
-STABLE_TORCH_LIBRARY_IMPL(maskcore, CPU, m) { m.impl("adam_", TORCH_BOX(&maskcore::adam_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(maskcore, CPU, m) {
+  m.impl("adam_", TORCH_BOX(&maskcore::adam_cpu));
+  m.impl("adam_counted_", TORCH_BOX(&maskcore::adam_counted_cpu));
+}

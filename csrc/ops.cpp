@@ -38,6 +38,12 @@ STABLE_TORCH_LIBRARY(maskcore, m) {
   m.def(
       "adam_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
       " float lr, float beta1, float beta2, float eps, float l2, int step, bool keras_epsilon) -> ()");
+  m.def(
+      "adam_counted_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs,"
+      " Tensor(c!)[] exp_avg_sqs, Tensor(d!) step, float lr, float beta1, float beta2, float eps, float l2,"
+      " bool keras_epsilon) -> ()");
+  m.def("dropout(Tensor x, Tensor seed, float p) -> Tensor");
+  m.def("warp(Tensor pictures, Tensor matrices, float fill, float scale, bool bfloat16=False) -> Tensor");
   m.def("_fma_loop(int steps) -> int");
   m.def("_phase_times() -> Tensor");
 }

@@ -70,6 +70,10 @@ def _cuda_state() -> str:
         return "built, but this torch has no CUDA"
     if not torch.cuda.is_available():
         return "built, but no GPU was found"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        name = torch.cuda.get_device_name()
+        return f"built, but {name}'s compute capability {major}.{minor} is below the 8.0 that they need"
     return torch.cuda.get_device_name()
 
 

@@ -11,6 +11,9 @@ from maskcore import philox
 from maskcore.errors import UserError
 from maskcore.image import known_keys
 
+#: The matrix of no transformation: see Warp.matrix.
+IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
 
 @dataclass(frozen=True)
 class Augment:

@@ -61,7 +61,7 @@ import torch
 from tqdm import tqdm
 
 from maskcore import _native, philox
-from maskcore.augment import Augment
+from maskcore.augment import IDENTITY, Augment
 from maskcore.drawn import builtin
 from maskcore.errors import UserError
 from maskcore.image import PIXEL_SCALE, BadPicture, Pixels, Preprocess, decode, load, network_input
@@ -88,6 +88,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+B = TypeVar("B", "Batch", "StoredBatch")
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,24 @@ class Batch:
     """
 
     images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+    number: int
+
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """Pictures for one step as they are stored, and how each is to be varied: :func:`maskcore.ops.warp` makes of
+    them what :class:`Batch` holds, on a GPU.
+
+    Attributes:
+        pictures: uint8 [N,S,S,3].
+        matrices: float64 [N,6]; of a picture that is not varied the identity.
+        labels, indices, number: as of a ``Batch``.
+    """
+
+    pictures: torch.Tensor
+    matrices: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
     number: int
@@ -209,6 +228,15 @@ class Loader:
 
         Dropping the iterator, or an exception in its consumer, ends its threads.
         """
+        return self._batches(self._prepare, epoch, start, augmented)
+
+    def stored(self, epoch: int, start: int = 0, augmented: bool = True) -> Iterator[StoredBatch]:
+        """The batches of ``epoch(...)``, in the same order and with the same variation, for a GPU to make."""
+        return self._batches(self._gather, epoch, start, augmented)
+
+    def _batches(
+        self, prepare: Callable[..., B | None], epoch: int, start: int, augmented: bool
+    ) -> Iterator[B]:
         self._forget_bad()
         if not 0 <= start <= self.batches:
             raise UserError(f"the epoch has {self.batches} batches, so it cannot go on at batch {start}")
@@ -216,7 +244,7 @@ class Loader:
         augment = self.augment if augmented else None
         jobs = [
             partial(
-                self._prepare,
+                prepare,
                 number=number,
                 indices=order[first : first + self.batch_size],
                 epoch=epoch,
@@ -235,7 +263,7 @@ class Loader:
         order = philox.permutation(philox.ORDER, self.seed, epoch, 0, len(self._given))
         return [i for i in order.tolist() if i not in self._bad]
 
-    def _timed(self, jobs: Sequence[Callable[[threading.Event], Batch | None]]) -> Iterator[Batch]:
+    def _timed(self, jobs: Sequence[Callable[[threading.Event], B | None]]) -> Iterator[B]:
         prepared = _in_order(jobs, self.workers)
         try:
             while True:
@@ -259,12 +287,7 @@ class Loader:
         images = torch.empty((len(indices), size, size, 3), dtype=torch.float32)
         rows = images.numpy()
         good: list[int] = []
-        for index in indices:
-            if stop.is_set():
-                return None
-            pixels = self._pixels(index)
-            if pixels is None:
-                continue
+        for index, pixels in self._readable(stop, indices):
             row = rows[len(good)]
             if augment is None:
                 _native.to_float(pixels, row, PIXEL_SCALE)
@@ -272,11 +295,43 @@ class Loader:
                 matrix = augment.draw(size, self.seed, epoch, index).matrix(size)
                 _native.warp(pixels, matrix, augment.fill, row, PIXEL_SCALE)
             good.append(index)
-        if not good:
+        if not good or stop.is_set():
             return None
+        return Batch(images[: len(good)].permute(0, 3, 1, 2), *self._named(good), number)
+
+    def _gather(
+        self, stop: threading.Event, number: int, indices: list[int], epoch: int, augment: Augment | None
+    ) -> StoredBatch | None:
+        """One batch as it is stored; None if it has no picture left that can be read."""
+        size = self.preprocess.size
+        pictures = torch.empty((len(indices), size, size, 3), dtype=torch.uint8)
+        rows = pictures.numpy()
+        good: list[int] = []
+        for index, pixels in self._readable(stop, indices):
+            rows[len(good)] = pixels
+            good.append(index)
+        if not good or stop.is_set():
+            return None
+        matrices = [
+            IDENTITY if augment is None else augment.draw(size, self.seed, epoch, index).matrix(size)
+            for index in good
+        ]
+        variation = torch.tensor(matrices, dtype=torch.float64)
+        return StoredBatch(pictures[: len(good)], variation, *self._named(good), number)
+
+    def _readable(self, stop: threading.Event, indices: list[int]) -> Iterator[tuple[int, Pixels]]:
+        """The pictures that can be read, until nobody wants them any more."""
+        for index in indices:
+            if stop.is_set():
+                return
+            pixels = self._pixels(index)
+            if pixels is not None:
+                yield index, pixels
+
+    def _named(self, good: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Labels and indices."""
         labels = torch.tensor([self._given[i].label for i in good], dtype=torch.int64)
-        view = images[: len(good)].permute(0, 3, 1, 2)
-        return Batch(view, labels, torch.tensor(good, dtype=torch.int64), number)
+        return labels, torch.tensor(good, dtype=torch.int64)
 
     def _check(self, stop: threading.Event, indices: list[int]) -> int:
         for index in indices:

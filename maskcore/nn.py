@@ -229,7 +229,30 @@ class Dense(_Weighted):
 
 
 class Dropout(torch.nn.Dropout):
-    """Zeroes each value with probability p in training and scales the rest by 1 / (1 - p), as Keras does."""
+    """Zeroes each value with probability p in training and scales the rest by 1 / (1 - p), as Keras does.
+
+    Each call draws a seed from torch's CPU generator, whatever the device, and :func:`maskcore.ops.dropout`
+    does the rest: the same state of that generator drops the same values everywhere.
+
+    Attributes:
+        seed: ``[1]`` int64 on the input's device. Where it is not None it is used instead of a new one: a step in
+            a CUDA graph reads it, and :meth:`draw` is called before each replay.
+    """
+
+    seed: Tensor | None = None
+
+    @staticmethod
+    def draw() -> int:
+        """A new seed from torch's CPU generator."""
+        return int(torch.randint(-(2**63), 2**63 - 1, ()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        seed = self.seed
+        if seed is None:
+            seed = torch.randint(-(2**63), 2**63 - 1, (1,)).to(x.device)
+        return ops.dropout(x, seed, self.p)
 
 
 class Flatten(torch.nn.Module):

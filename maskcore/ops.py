@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from maskcore import _library
+from maskcore import _library, _native, philox
 
 #: What the products of a convolution may round their float32 operands to (sums are float32 in any case), by the
 #: names of ``torch.backends``' ``fp32_precision``: nothing, TensorFloat-32 or bfloat16. A processor that is not
@@ -42,8 +42,9 @@ def _nchw(x: Tensor) -> Tensor:
 def _check_image(x: Tensor, name: str = "x") -> None:
     if x.dim() != 4:
         raise ValueError(f"{name} must be a batch of images [N, C, H, W], has {x.dim()} dimensions")
-    if x.dtype != torch.float32:
-        raise TypeError(f"{name} must be float32, is {x.dtype}")
+    if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and x.device.type == "cuda"):
+        allowed = "float32 or bfloat16" if x.device.type == "cuda" else "float32"
+        raise TypeError(f"{name} must be {allowed}, is {x.dtype}")
 
 
 def _check_devices(image: str, device: torch.device, **others: Tensor) -> None:
@@ -354,7 +355,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     P, Q = _output_size(x.shape[1], x.shape[2], padding)
     y = x.new_empty(x.shape[0], P, Q, weight.shape[0])
-    return y, torch.empty_like(y), x.new_empty(weight.shape[0]), x.new_empty(weight.shape[0])
+    return y, torch.empty_like(y), weight.new_empty(weight.shape[0]), weight.new_empty(weight.shape[0])
 
 
 @_fake("maskcore::_conv_bn_relu_train_backward")
@@ -457,7 +458,8 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor
     """Fully connected layer: ``x weight^T + bias``, then ReLU if asked for.
 
     x ``[N, C]``, weight ``[K, C]``, bias ``[K]``, float32. On the CPU up to 8 samples are computed at the speed of
-    the memory that the weights come from; larger batches, and other devices, take PyTorch's matrix product.
+    the memory that the weights come from; larger batches, and other devices, take PyTorch's matrix product. On a CUDA
+    device x may be bfloat16, and the result is then too; weight and bias are rounded for it.
     """
     if x.dim() != 2:
         raise ValueError(f"x must be [N, C], has {x.dim()} dimensions")
@@ -465,12 +467,13 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor
     for name, tensor, shape in (("weight", weight, (K, x.shape[1])), ("bias", bias, (K,))):
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, has {tuple(tensor.shape)}")
+    on_cuda = x.device.type == "cuda"
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor.dtype != torch.float32:
+        if tensor.dtype != torch.float32 and not (name == "x" and on_cuda and x.dtype == torch.bfloat16):
             raise TypeError(f"{name} must be float32, is {tensor.dtype}")
     _check_devices("x", x.device, weight=weight, bias=bias)
     if x.device.type != "cpu":
-        return dense_reference(x, weight, bias, relu)
+        return dense_reference(x, weight.to(x.dtype), bias.to(x.dtype), relu)
     return _ops.dense(x.contiguous(), weight.contiguous(), bias.contiguous(), relu)
 
 
@@ -614,3 +617,136 @@ def adam_reference(
 @_fake("maskcore::adam_")
 def _(*_arguments: Any) -> None:
     return None
+
+
+def adam_counted_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    l2: float,
+    keras_epsilon: bool,
+) -> None:
+    """:func:`adam_` with its count in memory, as a step that is captured in a CUDA graph needs it.
+
+    ``step`` is a scalar int64 tensor on the parameters' device: the number of steps done so far. It goes up by
+    one, and that step is taken, each time that this, or a graph of it, runs.
+    """
+    arguments = (list(parameters), list(gradients), list(exp_avgs), list(exp_avg_sqs))
+    _ops.adam_counted_(*arguments, step, lr, beta1, beta2, eps, l2, keras_epsilon)
+
+
+def adam_counted_reference(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor,
+    **settings: Any,
+) -> None:
+    step.add_(1)
+    adam_reference(parameters, gradients, exp_avgs, exp_avg_sqs, step=int(step), **settings)
+
+
+@_fake("maskcore::adam_counted_")
+def _(*_arguments: Any) -> None:
+    return None
+
+
+# ---- dropout -------------------------------------------------------------------------------------
+
+
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """Zeroes each value with probability p and scales the others by 1 / (1 - p).
+
+    Which ones is a function of the seed and of the value's place in x alone: the same on every device, and in
+    backward, which stores no mask. A dropped NaN is zero.
+
+    Args:
+        x: any shape, float32, or on a CUDA device bfloat16.
+        seed: ``[1]`` int64, on the device of x; it is read when the kernel runs, so that a captured CUDA graph
+            drops other values once another seed is written there.
+        p: from 0 to 1, in steps of 2^-32.
+    """
+    _check_devices("x", x.device, seed=seed)
+    return _ops.dropout(x.contiguous(), seed, p)
+
+
+def dropout_reference(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    words = philox.raw(philox.DROPOUT, int(seed), 0, 0, -(-x.numel() // 2))
+    halves = torch.from_numpy(words.view("<u4").astype("int64"))[: x.numel()]
+    keep = (halves >= round(p * 2**32)).reshape(x.shape).to(x.device)
+    return torch.where(keep, x / (1 - p) if p < 1 else x, torch.zeros_like(x))
+
+
+@_fake("maskcore::dropout")
+def _(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _dropout_setup(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+    _, seed, ctx.p = inputs
+    ctx.save_for_backward(seed)
+
+
+@once_differentiable
+def _dropout_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    (seed,) = ctx.saved_tensors
+    return _ops.dropout(dy.contiguous(), seed, ctx.p), None, None
+
+
+_autograd("maskcore::dropout", _dropout_backward, setup_context=_dropout_setup)
+
+
+# ---- warp ----------------------------------------------------------------------------------------
+
+
+def warp(
+    pictures: Tensor,
+    matrices: Tensor,
+    fill: float = 0.0,
+    scale: float = 1 / 255,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Pictures as they are stored -> the network's input, each moved by its own affine map.
+
+    Result (x, y) is the picture's point (m0 x + m1 y + m2, m3 x + m4 y + m5), interpolated bilinearly, times
+    ``scale``; a point outside of the picture is ``fill`` times ``scale``. The identity, ``(1, 0, 0, 0, 1, 0)``,
+    gives the picture's own values. The same bits on every device.
+
+    Args:
+        pictures: ``[N, H, W, 3]`` uint8.
+        matrices: ``[N, 6]`` float64, on the same device.
+        dtype: float32, or on a CUDA device bfloat16.
+
+    Returns:
+        ``[N, 3, H, W]``, channels_last.
+    """
+    _check_devices("pictures", pictures.device, matrices=matrices)
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"dtype must be float32 or bfloat16, is {dtype}")
+    bfloat16 = dtype == torch.bfloat16
+    return _nchw(_ops.warp(pictures.contiguous(), matrices.contiguous(), fill, scale, bfloat16))
+
+
+@torch.library.impl("maskcore::warp", "CPU")
+def _warp_cpu(
+    pictures: Tensor, matrices: Tensor, fill: float, scale: float, bfloat16: bool = False
+) -> Tensor:
+    if bfloat16:
+        raise TypeError("dtype must be float32 on the CPU")
+    out = torch.empty(pictures.shape)
+    for picture, matrix, row in zip(pictures.numpy(), matrices.tolist(), out.numpy(), strict=True):
+        _native.warp(picture, matrix, fill, row, scale)
+    return out
+
+
+@_fake("maskcore::warp")
+def _(pictures: Tensor, matrices: Tensor, fill: float, scale: float, bfloat16: bool = False) -> Tensor:
+    return pictures.new_empty(pictures.shape, dtype=torch.bfloat16 if bfloat16 else torch.float32)

@@ -28,6 +28,9 @@ class Adam(torch.optim.Optimizer):
     Parameters must be float32 and dense (any memory format). A parameter without a gradient is left as it is.
     """
 
+    #: Of each group, once count_on_device was called: the number of steps done, int64 on the parameters' device.
+    counts: list[torch.Tensor] | None = None
+
     def __init__(
         self,
         params: Iterable[torch.Tensor] | Iterable[dict[str, Any]],
@@ -52,9 +55,71 @@ class Adam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
+        for i, group in enumerate(self.param_groups):
+            if self.counts is None:
+                self._step_group(group)
+            else:
+                self._step_counted(group, self.counts[i])
         return loss
+
+    def count_on_device(self) -> None:
+        """From now on the steps are counted where the parameters are, so that a step can be captured in a CUDA graph.
+
+        Every parameter must have a gradient in every step, and all of a group as many steps behind them.
+        """
+        self.counts = []
+        for group in self.param_groups:
+            steps = {self._state_of(p)["step"] for p in group["params"]}
+            if len(steps) != 1:
+                raise RuntimeError(
+                    f"the parameters of a group have done {sorted(steps)} steps: they must be as many"
+                )
+            device = group["params"][0].device
+            self.counts.append(torch.tensor(steps.pop(), dtype=torch.int64, device=device))
+
+    def note_counts(self) -> None:
+        """Writes the counts on the device, where they are, into the parameters' state. Waits for the device."""
+        for group, count in zip(self.param_groups, self.counts or [], strict=False):
+            for p in group["params"]:
+                self.state[p]["step"] = int(count)
+
+    def state_dict(self) -> dict[str, Any]:
+        self.note_counts()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.counts is not None:
+            self.count_on_device()
+
+    def _state_of(self, p: torch.Tensor) -> dict[str, Any]:
+        state = self.state[p]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+        return state
+
+    def _step_counted(self, group: dict[str, Any], count: torch.Tensor) -> None:
+        parameters, gradients = group["params"], []
+        for p in parameters:
+            if p.grad is None:
+                raise RuntimeError("a step that is counted on the device needs a gradient of every parameter")
+            gradients.append(_laid_out_as(p, p.grad))
+        beta1, beta2 = group["betas"]
+        ops.adam_counted_(
+            parameters,
+            gradients,
+            [self.state[p]["exp_avg"] for p in parameters],
+            [self.state[p]["exp_avg_sq"] for p in parameters],
+            count,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            l2=group["l2"],
+            keras_epsilon=group["epsilon"] == "keras",
+        )
 
     def _step_group(self, group: dict[str, Any]) -> None:
         # Parameters that joined late have a step count of their own: one call for each count.
@@ -64,11 +129,7 @@ class Adam(torch.optim.Optimizer):
                 continue
             if p.grad.is_sparse:
                 raise RuntimeError("maskcore.optim.Adam does not take sparse gradients")
-            state = self.state[p]
-            if not state:
-                state["step"] = 0
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
+            state = self._state_of(p)
             state["step"] += 1
             by_step.setdefault(state["step"], []).append(p)
         beta1, beta2 = group["betas"]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER, AUGMENT, SPLIT = 1, 2, 3
+ORDER, AUGMENT, SPLIT, DROPOUT = 1, 2, 3, 4
 
 
-def _raw(purpose: int, seed: int, epoch: int, index: int, count: int) -> NDArray[np.uint64]:
+def raw(purpose: int, seed: int, epoch: int, index: int, count: int) -> NDArray[np.uint64]:
     """``count`` random 64-bit numbers that belong to (purpose, seed, epoch, index) alone.
 
     Philox's own stream, not numpy's distributions: those may change from one version to the next.
@@ -21,16 +21,16 @@ def _raw(purpose: int, seed: int, epoch: int, index: int, count: int) -> NDArray
     key = np.array([seed & mask, purpose], dtype=np.uint64)
     # The generator counts in the lowest word; the others tell the streams apart.
     counter = np.array([0, index & mask, epoch & mask, 0], dtype=np.uint64)
-    raw: NDArray[np.uint64] = np.random.Philox(key=key, counter=counter).random_raw(count)
-    return raw
+    words: NDArray[np.uint64] = np.random.Philox(key=key, counter=counter).random_raw(count)
+    return words
 
 
 def uniform(purpose: int, seed: int, epoch: int, index: int, count: int) -> list[float]:
     """``count`` numbers from [0, 1)."""
-    raw = _raw(purpose, seed, epoch, index, count)
-    numbers: list[float] = ((raw >> np.uint64(11)) * 2.0**-53).tolist()
+    words = raw(purpose, seed, epoch, index, count)
+    numbers: list[float] = ((words >> np.uint64(11)) * 2.0**-53).tolist()
     return numbers
 
 
 def permutation(purpose: int, seed: int, epoch: int, index: int, count: int) -> NDArray[np.int64]:
-    return np.argsort(_raw(purpose, seed, epoch, index, count), kind="stable").astype(np.int64)
+    return np.argsort(raw(purpose, seed, epoch, index, count), kind="stable").astype(np.int64)

@@ -2,8 +2,8 @@
 
 A run is a function of its settings and its pictures: it can be stopped and killed anywhere and,
 resumed, ends with the same bits. Order and augmentation are functions of (seed, epoch, picture),
-see maskcore.data; dropout draws from torch's generator, which is seeded anew each epoch and saved
-with a checkpoint within one.
+see maskcore.data; dropout draws its seeds from torch's generator, which is seeded anew each epoch and
+saved with a checkpoint within one.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 import maskcore
-from maskcore import commandline, data, figures, models, ops, optim, runfolder, settings
+from maskcore import commandline, cuda_graph, data, figures, models, ops, optim, runfolder, settings
 from maskcore.checkpoint import (
     FOLDER,
     LAST,
@@ -68,13 +68,16 @@ class Run:
     folder: Path
     pictures: Pictures
     network: models.Network
-    optimizer: torch.optim.Optimizer
+    optimizer: optim.Adam
     device: torch.device
     state: State = field(default_factory=State)
     stop: StopSignals = field(default_factory=lambda: StopSignals())
     saved_at: float = field(default_factory=time.monotonic)  # of the last checkpoint
     told_skipped: int = 0  # files that skipped.csv has
     epoch_seconds: list[float] = field(default_factory=list)  # whole epochs of this process
+
+    def __post_init__(self) -> None:
+        self.steps: Steps = GpuSteps(self) if self.device.type == "cuda" else CpuSteps(self)
 
     @property
     def last(self) -> Path:
@@ -130,35 +133,103 @@ def train_epoch(run: Run) -> None:
     title = f"epoch {state.epoch}/{config.epochs}"
     if state.batch == loader.batches:  # stopped while validating
         return
-    batches = loader.epoch(state.epoch, start=state.batch, augmented=augmented(config, state.epoch))
+    steps = run.steps
+    batches = steps.batches(state.epoch, state.batch, augmented(config, state.epoch))
     with Progress(title, len(loader.pictures), state.samples) as progress:
         for batch in batches:
-            loss, correct = train_step(run, batch)
+            steps.step(batch)
             count = len(batch.labels)
             state.batch = batch.number + 1
             state.samples += count
-            state.correct += correct
-            state.cross_entropy_sum += loss * count
             state.train_seconds = seconds + time.monotonic() - started
             state.wait_seconds = waited + loader.waited
-            if not math.isfinite(loss):
-                raise Diverged(f"the loss became {loss} in epoch {state.epoch}, batch {state.batch}")
+            if state.batch % steps.every == 0 or progress.due or is_time_to_save(run):
+                note_sums(state, *steps.take_sums())
             progress.add(count, step_text(state) if progress.due else None)
             save_between_batches(run)
+        note_sums(state, *steps.take_sums())
     if state.samples == 0:
         raise UserError(f"no picture to train on can be read any more in {run.pictures.found.root}")
 
 
+def note_sums(state: State, cross_entropy: float, correct: int) -> None:
+    """Adds what steps have come to since the last time. Raises Diverged if it is no number any more."""
+    state.cross_entropy_sum += cross_entropy
+    state.correct += correct
+    if not math.isfinite(cross_entropy):
+        raise Diverged(f"the loss became {cross_entropy} in epoch {state.epoch}, batch {state.batch}")
+
+
+class Steps(Protocol):
+    """How a run's batches are prepared and what a step is, by the device."""
+
+    every: int  # batches between two readings of the sums
+
+    def batches(self, epoch: int, start: int, augmented: bool) -> Iterator[Any]: ...
+
+    def step(self, batch: Any) -> None:
+        """Updates the network."""
+
+    def take_sums(self) -> tuple[float, int]:
+        """Cross-entropy summed over pictures, and right answers, since the last call."""
+
+
+class CpuSteps:
+    """Pictures are augmented by the loader's threads; each step's loss is known when it ends."""
+
+    every = 1
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._sums = (0.0, 0)
+
+    def batches(self, epoch: int, start: int, augmented: bool) -> Iterator[data.Batch]:
+        return self.run.pictures.train.epoch(epoch, start, augmented)
+
+    def step(self, batch: data.Batch) -> None:
+        loss, correct = train_step(self.run, batch)
+        self._sums = (loss * len(batch.labels), correct)
+
+    def take_sums(self) -> tuple[float, int]:
+        sums, self._sums = self._sums, (0.0, 0)
+        return sums
+
+
+class GpuSteps:
+    """Pictures go up as they are stored and are augmented there; a step is a CUDA graph, and nothing waits for it."""
+
+    every = 20
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._graph: cuda_graph.GraphStep | None = None
+
+    def batches(self, epoch: int, start: int, augmented: bool) -> Iterator[data.StoredBatch]:
+        return self.run.pictures.train.stored(epoch, start, augmented)
+
+    def step(self, batch: data.StoredBatch) -> None:
+        run = self.run
+        if self._graph is None:
+            if run.config.precision != "ieee":
+                torch.backends.cuda.matmul.allow_tf32 = True  # of the dense layers
+            device = cuda_graph.Cuda(run.device)
+            self._graph = cuda_graph.GraphStep(
+                run.network, run.optimizer, device, run.config.batch_size, run.config.fill
+            )
+        self._graph(batch)
+
+    def take_sums(self) -> tuple[float, int]:
+        return (0.0, 0) if self._graph is None else self._graph.take_sums()
+
+
 def train_step(run: Run, batch: data.Batch) -> tuple[float, int]:
     """One update; returns the batch's mean cross-entropy and how many it had right before it."""
-    images = batch.images.to(run.device, non_blocking=True)
-    labels = batch.labels.to(run.device, non_blocking=True)
-    logits = run.network(images)
-    loss = ops.softmax_cross_entropy(logits, labels)
+    logits = run.network(batch.images)
+    loss = ops.softmax_cross_entropy(logits, batch.labels)
     loss.backward()
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return loss.item(), int((logits.argmax(1) == labels).sum())
+    return loss.item(), int((logits.argmax(1) == batch.labels).sum())
 
 
 @torch.no_grad()
@@ -264,18 +335,26 @@ def tell_skipped(run: Run) -> None:
 def save(run: Run) -> None:
     """Writes the checkpoint to resume from."""
     refuse_unusable(run)
+    run.optimizer.note_counts()
     save_training(run.last, run.network, run.optimizer, run.meta())
     run.saved_at = time.monotonic()
 
 
 def save_between_batches(run: Run) -> None:
     """Saves if a signal came (then raises Interrupted) or if it is time to."""
+    if not is_time_to_save(run):
+        return
+    # What came between this question and the one before: a checkpoint's sums are those of all of its batches.
+    note_sums(run.state, *run.steps.take_sums())
+    save(run)
     if run.stop.number is not None:
-        save(run)
         raise Interrupted(run.stop.number)
+
+
+def is_time_to_save(run: Run) -> bool:
     minutes = run.config.save_minutes
-    if minutes > 0 and time.monotonic() - run.saved_at >= 60 * minutes:
-        save(run)
+    late = minutes > 0 and time.monotonic() - run.saved_at >= 60 * minutes
+    return late or run.stop.number is not None
 
 
 def refuse_unusable(run: Run) -> None:
@@ -379,9 +458,7 @@ def resume_run(folder: Path, given: Mapping[str, Any]) -> Run:
     return run
 
 
-def make_network(
-    config: Config, classes: int, device: torch.device
-) -> tuple[models.Network, torch.optim.Optimizer]:
+def make_network(config: Config, classes: int, device: torch.device) -> tuple[models.Network, optim.Adam]:
     """A new network and its optimizer, by the run's settings."""
     network = models.create(
         config.model, classes, config.image_size, precision=config.precision, seed=config.seed

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskcore import _native, data
+from maskcore import _native, data, ops
 from maskcore.augment import Augment, Warp
 from maskcore.errors import UserError
 
@@ -338,6 +338,20 @@ def test_going_on_at_any_batch(workers: int, pictures: list[data.Picture]) -> No
         assert same(list(loader(pictures, workers=workers).epoch(2, start=start)), whole[start:])
     with pytest.raises(UserError, match="6 batches"):
         loader(pictures).epoch(2, start=7)
+
+
+def test_stored_batches_become_the_batches(pictures: list[data.Picture]) -> None:
+    """What a GPU makes of them, here by the same operator on the CPU, to the bit."""
+    for augmented in (True, False):
+        ours = loader(pictures)
+        batches = zip(ours.stored(2, 1, augmented), ours.epoch(2, 1, augmented), strict=True)
+        for stored, batch in batches:
+            assert stored.pictures.dtype == torch.uint8
+            assert stored.number == batch.number
+            assert torch.equal(stored.labels, batch.labels)
+            assert torch.equal(stored.indices, batch.indices)
+            fill = ours.augment.fill if ours.augment is not None else 0
+            assert torch.equal(ops.warp(stored.pictures, stored.matrices, fill), batch.images)
 
 
 def test_epochs_differ_and_can_be_unaugmented(pictures: list[data.Picture]) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import maskcore
 from maskcore import _library
+from maskcore.errors import UserError
+from maskcore.machine import choose_device
 
 HERE = Path(__file__).parent  # and not the source folder, whose package comes before the installed one
 AVAILABLE = _library.available()
@@ -103,3 +107,47 @@ print(faults(), faults())
     if first < 100:
         pytest.skip("this system's pages are too large to be counted")
     assert second < first / 10
+
+
+@pytest.mark.skipif(not _library._cuda_objects(), reason="the CUDA kernels were not built: there was no nvcc")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="a stand-in for torch's CUDA part needs g++")
+def test_the_cuda_kernels_load_and_register_every_operator(tmp_path: Path) -> None:
+    """Also beside a torch without CUDA, which lacks but one of the functions that they call."""
+    source, stand_in = tmp_path / "stand_in.cpp", tmp_path / "stand_in.so"
+    source.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }')
+    subprocess.run(["g++", "-shared", "-fPIC", source, "-o", stand_in], check=True)
+    program = f"""
+import ctypes, torch
+from maskcore import _library, ops
+if torch.version.cuda is None:
+    ctypes.CDLL({str(stand_in)!r}, mode=ctypes.RTLD_GLOBAL)
+if not torch.cuda.is_available():
+    for path in _library._cuda_objects():
+        torch.ops.load_library(str(path))
+names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("maskcore::")]
+print(*sorted(n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA")))
+"""
+    found = run("-c", program, isa=None)
+    assert found.stdout.split() == [
+        "maskcore::_fma_loop",
+        "maskcore::_phase_times",
+        "maskcore::transform_filter",
+    ], found.stderr
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_a_gpu_that_is_too_old_is_named(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "_cuda_objects", lambda: [Path("x.so")])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(_library, "load", lambda: "baseline")
+    if capability >= (8, 0):
+        assert choose_device("cuda") == torch.device("cuda")
+        return
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(
+        UserError, match=r"device cuda cannot be used: .* compute capability 7\.5 is below the 8\.0"
+    ):
+        choose_device("cuda")

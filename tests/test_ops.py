@@ -7,6 +7,7 @@ Sums of small whole numbers are exact in float32, so on those every decision and
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import time
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import maskcore
-from maskcore import models, ops
+from maskcore import models, nn, ops
 
 INF, NAN = float("inf"), float("nan")
 
@@ -988,6 +989,77 @@ def test_second_derivative_is_refused(name: str) -> None:
         dweight.square().sum().backward()
 
 
+# ---- dropout, warp and the Adam that counts --------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 10_000])
+def test_dropout(size: int, p: float) -> None:
+    x, dy = torch.randn(size, requires_grad=True), torch.randn(size)
+    for seed in (torch.tensor([0]), torch.tensor([-(2**63)]), torch.tensor([2**63 - 1])):
+        y = ops.dropout(x, seed, p)
+        torch.testing.assert_close(y, ops.dropout_reference(x, seed, p))
+        (dx,) = torch.autograd.grad(y, x, dy)
+        assert torch.equal(dx, ops.dropout(dy, seed, p))  # the same values are dropped
+
+
+def test_dropout_is_the_same_for_any_threads_and_layout() -> None:
+    x, seed = torch.randn(2, 3, 50, 70), torch.tensor([11])
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(ops.dropout(x, seed, 0.5))
+    assert torch.equal(*found)
+    assert torch.equal(ops.dropout(x.to(memory_format=torch.channels_last), seed, 0.5), found[0])
+
+
+def test_dropout_of_nan_is_zero_where_it_is_dropped() -> None:
+    y = ops.dropout(torch.full((1000,), torch.nan), torch.tensor([0]), 0.5)
+    assert 300 < int((y == 0).sum()) < 700
+    assert int(y.isnan().sum()) == 1000 - int((y == 0).sum())
+
+
+def test_dropout_refuses() -> None:
+    x, seed = torch.randn(4), torch.tensor([1])
+    with pytest.raises(RuntimeError, match=r"p must lie in \[0, 1\], is 1.5"):
+        ops.dropout(x, seed, 1.5)
+    with pytest.raises(RuntimeError, match="x must be float32"):
+        ops.dropout(x.double(), seed, 0.5)
+    with pytest.raises(RuntimeError, match="seed must have size 1 in dimension 0"):
+        ops.dropout(x, torch.tensor([1, 2]), 0.5)
+
+
+def test_a_layer_draws_the_seeds_that_a_graph_is_given() -> None:
+    """nn.Dropout takes from torch's generator what nn.Dropout.draw does."""
+    x, layer = torch.randn(100), nn.Dropout(0.5)
+    torch.manual_seed(3)
+    y = layer(x)
+    torch.manual_seed(3)
+    assert torch.equal(y, ops.dropout(x, torch.tensor([nn.Dropout.draw()]), 0.5))
+
+
+def test_warp_refuses() -> None:
+    pictures = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    matrices = torch.zeros(1, 6, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"dtype must be float32 or bfloat16, is torch.int64"):
+        ops.warp(pictures, matrices, dtype=torch.int64)
+    with pytest.raises(TypeError, match="dtype must be float32 on the CPU"):
+        ops.warp(pictures, matrices, dtype=torch.bfloat16)
+
+
+def test_adam_that_counts_takes_the_same_steps() -> None:
+    settings: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-7, "l2": 1e-2}
+    plain = adam_state([(33, 2), (4,)], 3)
+    counted = copy.deepcopy(plain)
+    step = torch.tensor(4)
+    for number in (5, 6):
+        ops.adam_(*plain, **settings, step=number, keras_epsilon=True)
+        ops.adam_counted_(*counted, step, **settings, keras_epsilon=True)
+        assert int(step) == number
+    for ours, theirs in zip(counted, plain, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
 # ---- registration --------------------------------------------------------------------------------
 
 
@@ -1017,6 +1089,11 @@ def op_samples() -> dict[str, list[tuple[Any, ...]]]:
         ],
         "softmax_cross_entropy": [(leaf(4, 3), target)],
         "adam_": [(*adam_state([(3, 2), (4,)], 3), *settings, keras) for keras in (True, False)],
+        "adam_counted_": [(*adam_state([(3, 2), (4,)], 3), torch.tensor(2), *settings[:-1], True)],
+        "dropout": [(leaf(3, 5), torch.tensor([7]), 0.3), (x, torch.tensor([-1]), 0.0)],
+        "warp": [
+            (torch.zeros(2, 4, 5, 3, dtype=torch.uint8), torch.zeros(2, 6, dtype=torch.float64), 1.0, 0.5)
+        ],
         "_conv_relu_backward": [(dy, x, weight, z, 0, "ieee", need_dx) for need_dx in (True, False)],
         "_conv_relu_max_pool_backward": [
             (half, x, weight, half, argmax, 0, "bf16", need) for need in (True, False)

@@ -1,0 +1,419 @@
+"""The roofline of the CUDA engine on the final network: what every kernel must move and compute, and how long that
+takes at least on three GPUs. Arithmetic, not measurement.
+
+    python benchmarks/roofline.py             writes docs/cuda_roofline.md
+    python benchmarks/roofline.py --print     prints it
+
+A kernel's bytes are its tensors once each (what it reads again comes from L2), its operations what its products
+execute, channels rounded up to whole slabs included; its time is the larger of bytes / bandwidth and
+operations / peak. The comparison counts, in the same way, the tensors that the kernels of PyTorch's eager step read and
+write, channels_last, with Adam in its fused form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from maskcore import models
+
+TABLE = Path(__file__).parents[1] / "docs" / "cuda_roofline.md"
+BATCHES = (32, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """Dense peaks by the vendor's data sheets, FLOP/s and byte/s, and the share of them that is expected.
+
+    mma.sync reaches 63 to 65% of an H100's tensor cores, whose full rate only wgmma has (arXiv 2501.12084).
+    """
+
+    name: str
+    bf16: float
+    tf32: float
+    float32: float
+    bandwidth: float
+    expected: float  # share of the tensor cores' peak
+
+
+GPUS = (
+    Gpu("A100", 312e12, 156e12, 19.5e12, 2.04e12, 0.60),
+    Gpu("H100", 989e12, 495e12, 67e12, 3.35e12, 0.50),
+    Gpu("RTX 4090", 165e12, 83e12, 82.6e12, 1.01e12, 0.60),
+)
+EXPECTED_BANDWIDTH = 0.80
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    name: str
+    element: int  # bytes of an activation
+    operand: int  # bytes of a packed filter's element
+    slab: int  # channels that a product's reduction is rounded up to
+
+    def peak(self, gpu: Gpu) -> float:
+        return gpu.bf16 if self.name == "bf16" else gpu.tf32
+
+
+PRECISIONS = (Precision("bf16", 2, 2, 32), Precision("tf32", 4, 4, 16))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    layer: str
+    name: str
+    bytes: float
+    operations: float = 0.0  # of tensor cores
+
+    def seconds(self, gpu: Gpu, precision: Precision, expected: bool = False) -> float:
+        bandwidth = gpu.bandwidth * (EXPECTED_BANDWIDTH if expected else 1)
+        peak = precision.peak(gpu) * (gpu.expected if expected else 1)
+        return max(self.bytes / bandwidth, self.operations / peak)
+
+    def bound(self, gpu: Gpu, precision: Precision) -> str:
+        return "compute" if self.operations / precision.peak(gpu) > self.bytes / gpu.bandwidth else "memory"
+
+
+def up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """A convolution of the network at a batch size."""
+
+    name: str
+    N: int
+    H: int
+    W: int
+    C: int
+    K: int
+    bn: bool
+    pool: bool
+
+    @property
+    def x(self) -> int:
+        return self.N * self.H * self.W * self.C
+
+    @property
+    def z(self) -> int:  # the convolution's own output
+        return self.N * (self.H - 2) * (self.W - 2) * self.K
+
+    @property
+    def y(self) -> int:  # what the layer gives
+        P, Q = self.H - 2, self.W - 2
+        return self.N * (P // 2) * (Q // 2) * self.K if self.pool else self.z
+
+    @property
+    def weights(self) -> int:
+        return 9 * self.C * self.K
+
+    def operations(self, C: int, K: int, slab: int) -> float:
+        """Of C input channels in slabs and K output channels in tiles of 32."""
+        return 2 * 9 * up(C, slab) * up(K, 32) * self.N * (self.H - 2) * (self.W - 2)
+
+    @property
+    def splits(self) -> int:
+        """Of the weight gradient's reduction (csrc/conv_weight_gradient.cuh)."""
+        c_tiles, k_tiles = up(self.C, 32) // 32, 1 if self.K <= 32 else up(self.K, 64) // 64
+        return max(1, 264 // (c_tiles * k_tiles))
+
+
+def convolutions(N: int) -> list[Conv]:
+    found = []
+    for at in models.place("final"):
+        if isinstance(at.layer, models.Conv):
+            H, W, C = at.input_shape
+            found.append(Conv(at.name, N, H, W, C, at.layer.channels, at.layer.bn, at.layer.pool))
+    return found
+
+
+def denses(N: int) -> list[tuple[str, int, int]]:
+    """Name, inputs, outputs."""
+    return [
+        (at.name, at.input_shape[0], at.layer.units)
+        for at in models.place("final")
+        if isinstance(at.layer, models.Dense)
+    ]
+
+
+def dropouts(N: int) -> list[tuple[str, int]]:
+    """Name, elements."""
+    return [
+        (at.name, N * at.input_shape[0])
+        for at in models.place("final")
+        if isinstance(at.layer, models.Dropout)
+    ]
+
+
+def parameters() -> int:
+    return sum(row.trainable for row in models.Network("final").table())
+
+
+# ---- maskcore's kernels --------------------------------------------------------------------------
+
+
+def packed(conv: Conv, p: Precision) -> Kernel:
+    return Kernel(conv.name, "pack_filter", conv.weights * (4 + p.operand))
+
+
+def forward(conv: Conv, p: Precision, training: bool) -> Iterator[Kernel]:
+    e, filters = p.element, conv.weights * p.operand
+    operations = conv.operations(conv.C, conv.K, p.slab)
+    yield packed(conv, p)
+    if conv.bn and training:
+        yield Kernel(conv.name, "conv, moments", (conv.x + conv.z) * e + filters, operations)
+        yield Kernel(conv.name, "batch norm, ReLU", 2 * conv.z * e)
+    elif conv.pool:
+        yield Kernel(conv.name, "conv, ReLU, max-pool", conv.x * e + conv.y * (e + 1) + filters, operations)
+    else:
+        yield Kernel(conv.name, "conv, ReLU", (conv.x + conv.z) * e + filters, operations)
+
+
+def backward(conv: Conv, p: Precision, need_dx: bool) -> Iterator[Kernel]:
+    e, filters = p.element, conv.weights * p.operand
+    # The gradient at the convolution's output, computed while it is loaded: of dy and y, and the places of a pool.
+    source = conv.y * (2 * e + 1) if conv.pool else 2 * conv.z * e
+    if conv.bn:
+        yield Kernel(conv.name, "sums of the batch norm's gradient", source)
+    if need_dx:
+        yield packed(conv, p)
+        back = conv.operations(conv.K, conv.C, p.slab) * conv.H * conv.W / ((conv.H - 2) * (conv.W - 2))
+        yield Kernel(conv.name, "backward-data", source + conv.x * e + filters, back)
+    partial = 4 * conv.splits * (conv.weights + conv.K)
+    # Here the channels are rows and columns, and the pixels are the reduction.
+    rows, columns = up(conv.K, 32), up(conv.C, 32)
+    operations = 2 * 9 * rows * columns * conv.N * (conv.H - 2) * (conv.W - 2)
+    yield Kernel(conv.name, "backward-weight", conv.x * e + source + partial, operations)
+    yield Kernel(conv.name, "sum of the splits", partial + 4 * (conv.weights + conv.K))
+
+
+def dense_forward(name: str, N: int, inputs: int, outputs: int, p: Precision) -> Iterator[Kernel]:
+    weights, e = inputs * outputs, p.element
+    if e == 2:
+        yield Kernel(name, "weights to bfloat16", weights * (4 + 2))
+    yield Kernel(name, "product, bias, ReLU", (N * inputs + weights + N * outputs) * e, 2 * N * weights)
+
+
+def dense_backward(name: str, N: int, inputs: int, outputs: int, p: Precision) -> Iterator[Kernel]:
+    weights, e = inputs * outputs, p.element
+    both = (N * inputs + weights + N * outputs) * e
+    yield Kernel(name, "backward-data", both, 2 * N * weights)
+    yield Kernel(name, "backward-weight", both, 2 * N * weights)
+    if e == 2:
+        yield Kernel(name, "gradient to float32", weights * (2 + 4))
+
+
+def training(N: int, p: Precision) -> list[Kernel]:
+    convs, e = convolutions(N), p.element
+    pixels = N * convs[0].H * convs[0].W * 3
+    kernels = [Kernel("input", "uint8 to augmented batch", pixels * (1 + e))]
+    for conv in convs:
+        kernels += forward(conv, p, training=True)
+    between = [Kernel(name, "dropout", 2 * size * e) for name, size in dropouts(N)]
+    for i, (name, inputs, outputs) in enumerate(denses(N)):
+        kernels += between[i : i + 1]
+        kernels += dense_forward(name, N, inputs, outputs, p)
+    classes = denses(N)[-1][2]
+    kernels.append(Kernel("loss", "softmax cross-entropy", 8 * N * (classes + 1)))
+    kernels.append(Kernel("loss", "its gradient", 8 * N * (classes + 1)))
+    for i, (name, inputs, outputs) in reversed(list(enumerate(denses(N)))):
+        kernels += dense_backward(name, N, inputs, outputs, p)
+        kernels += [dataclasses.replace(k, name="dropout, backward") for k in between[i : i + 1]]
+    for conv in reversed(convs):
+        kernels += backward(conv, p, need_dx=conv is not convs[0])
+    kernels.append(Kernel("all", "Adam", 28 * parameters()))
+    return kernels
+
+
+def inference(N: int, p: Precision) -> list[Kernel]:
+    kernels = [Kernel("input", "uint8 to batch", N * 256 * 256 * 3 * (1 + p.element))]
+    for conv in convolutions(N):
+        kernels += forward(conv, p, training=False)
+    for name, inputs, outputs in denses(N):
+        kernels += dense_forward(name, N, inputs, outputs, p)
+    return kernels
+
+
+# ---- PyTorch's eager kernels ---------------------------------------------------------------------
+
+
+def eager_forward(conv: Conv, p: Precision, training: bool) -> Iterator[Kernel]:
+    e, z, pooled = p.element, conv.z * p.element, conv.y
+    filters = conv.weights * e
+    if e == 2:
+        yield Kernel(conv.name, "autocast of the filter", conv.weights * (4 + 2))
+    yield Kernel(conv.name, "conv", conv.x * e + z + filters, conv.operations(conv.C, conv.K, p.slab))
+    yield Kernel(conv.name, "bias", 2 * z)
+    if conv.bn:
+        yield Kernel(conv.name, "batch norm", (3 if training else 2) * z)
+    yield Kernel(conv.name, "ReLU", 2 * z)
+    if conv.pool:
+        yield Kernel(conv.name, "max-pool", z + pooled * (e + 8))  # places are int64
+
+
+def eager_backward(conv: Conv, p: Precision, need_dx: bool) -> Iterator[Kernel]:
+    e, z = p.element, conv.z * p.element
+    filters = conv.weights * e
+    if conv.pool:
+        yield Kernel(conv.name, "max-pool, backward", z + conv.y * (e + 8))
+    yield Kernel(conv.name, "ReLU, backward", 3 * z)
+    if conv.bn:
+        yield Kernel(conv.name, "batch norm, backward", 5 * z)
+    yield Kernel(conv.name, "gradient of the bias", z)
+    operations = conv.operations(conv.C, conv.K, p.slab)
+    if need_dx:
+        yield Kernel(conv.name, "backward-data", z + conv.x * e + filters, operations)
+    yield Kernel(conv.name, "backward-weight", z + conv.x * e + filters, operations)
+    if e == 2:
+        yield Kernel(conv.name, "gradient to float32", conv.weights * (2 + 4))
+
+
+def eager_training(N: int, p: Precision) -> list[Kernel]:
+    convs, e = convolutions(N), p.element
+    kernels: list[Kernel] = []
+    for conv in convs:
+        kernels += eager_forward(conv, p, training=True)
+    for name, size in dropouts(N):
+        kernels.append(Kernel(name, "dropout and its mask", size * (2 * e + 1)))
+        kernels.append(Kernel(name, "dropout, backward", size * (2 * e + 1)))
+    for name, inputs, outputs in denses(N):
+        kernels += dense_forward(name, N, inputs, outputs, p)
+        kernels += dense_backward(name, N, inputs, outputs, p)
+    for conv in reversed(convs):
+        kernels += eager_backward(conv, p, need_dx=conv is not convs[0])
+    kernels.append(Kernel("all", "Adam, fused", 28 * parameters()))
+    return kernels
+
+
+def eager_inference(N: int, p: Precision) -> list[Kernel]:
+    kernels: list[Kernel] = []
+    for conv in convolutions(N):
+        kernels += eager_forward(conv, p, training=False)
+    for name, inputs, outputs in denses(N):
+        kernels += dense_forward(name, N, inputs, outputs, p)
+    return kernels
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+Step = Callable[[int, Precision], list[Kernel]]
+STEPS: tuple[tuple[str, Step, Step], ...] = (
+    ("a training step", training, eager_training),
+    ("inference", inference, eager_inference),
+)
+
+
+def total(kernels: Sequence[Kernel], gpu: Gpu, p: Precision, expected: bool = False) -> float:
+    return math.fsum(kernel.seconds(gpu, p, expected) for kernel in kernels)
+
+
+def moved(kernels: Sequence[Kernel]) -> float:
+    return math.fsum(kernel.bytes for kernel in kernels)
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def summary() -> Iterator[str]:
+    yield row(
+        "", "batch", "kernels", "GB", "PyTorch eager GB", "share", *(f"{gpu.name} img/s" for gpu in GPUS)
+    )
+    yield row(*["---"] * 2, *["---:"] * (4 + len(GPUS)))
+    for what, ours, theirs in STEPS:
+        for p in PRECISIONS:
+            for N in BATCHES:
+                kernels, eager = ours(N, p), theirs(N, p)
+                speeds = []
+                for gpu in GPUS:
+                    roof, expected, baseline = (
+                        N / total(kernels, gpu, p),
+                        N / total(kernels, gpu, p, True),
+                        N / total(eager, gpu, p),
+                    )
+                    speeds.append(f"{roof:,.0f} / {expected:,.0f} / {baseline:,.0f}")
+                yield row(
+                    f"{what}, {p.name}",
+                    f"{N}",
+                    f"{len(kernels)}",
+                    f"{moved(kernels) / 1e9:.2f}",
+                    f"{moved(eager) / 1e9:.2f}",
+                    f"{moved(kernels) / moved(eager):.0%}",
+                    *speeds,
+                )
+
+
+def details(step: Step, p: Precision) -> Iterator[str]:
+    heads = [
+        f"{unit} at {N}" for N in BATCHES for unit in ("MB", "GFLOP", *(f"{gpu.name} us" for gpu in GPUS))
+    ]
+    yield row("layer", "kernel", *heads)
+    yield row("---", "---", *["---:"] * len(heads))
+    by_batch = [step(N, p) for N in BATCHES]
+    for same in zip(*by_batch, strict=True):
+        cells = []
+        for kernel in same:
+            cells += [
+                f"{kernel.bytes / 1e6:.1f}",
+                f"{kernel.operations / 1e9:.1f}" if kernel.operations else "",
+            ]
+            for gpu in GPUS:
+                mark = "*" if kernel.bound(gpu, p) == "compute" else ""
+                cells.append(f"{1e6 * kernel.seconds(gpu, p):.1f}{mark}")
+        yield row(same[0].layer, same[0].name, *cells)
+    sums = []
+    for kernels in by_batch:
+        sums += [f"{moved(kernels) / 1e6:.0f}", f"{math.fsum(k.operations for k in kernels) / 1e9:.0f}"]
+        sums += [f"{1e6 * total(kernels, gpu, p):.0f}" for gpu in GPUS]
+    yield row("sum", "", *sums)
+
+
+PEAKS = ";\n".join(
+    f"{gpu.name} {gpu.bf16 / 1e12:.0f} TFLOP/s in bf16, {gpu.tf32 / 1e12:.0f} in TF32, {gpu.bandwidth / 1e12:.2f} TB/s"
+    for gpu in GPUS
+)
+EXPECTED = ", ".join(f"{gpu.expected:.0%} of {gpu.name}'s" for gpu in GPUS)
+HEAD = f"""# The roofline of the CUDA engine
+
+Written by `python benchmarks/roofline.py` from the layer table. **Predicted, by arithmetic; nothing on this page is
+measured on a GPU.**
+
+A kernel's bytes are its tensors once each, its operations those that its products execute (channels rounded up to
+whole slabs), its time the larger of bytes / bandwidth and operations / peak; `*` marks what is bound by compute. Peaks:
+{PEAKS}.
+Starts of kernels, gaps between them and tiles that do not fill the last wave come on top.
+
+PyTorch eager is the network of `torch.nn` layers in channels_last memory, under autocast for bf16 and with TF32 allowed
+for tf32, as its kernels read and write tensors: convolution, bias, batch norm (statistics, then normalisation), ReLU,
+max-pool with int64 places; each again in backward, and the bias' gradient; Adam fused, as here. How its input is made
+is not counted.
+
+Images a second are three figures: this engine's roof / what is expected of it ({EXPECTED_BANDWIDTH:.0%} of the
+bandwidth; {EXPECTED} tensor cores) / PyTorch eager's roof.
+
+"""
+
+
+def page() -> str:
+    parts = [HEAD + "\n".join(summary())]
+    for what, ours, _ in STEPS:
+        for p in PRECISIONS:
+            parts.append(f"## {what[0].upper()}{what[1:]}, {p.name}\n\n" + "\n".join(details(ours, p)))
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--print", action="store_true", help="print the page instead of writing it")
+    if parser.parse_args().print:
+        print(page(), end="")
+    else:
+        TABLE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()

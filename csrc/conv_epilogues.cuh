@@ -1,0 +1,114 @@
+// What a convolution does with its sums before they leave the processor. An epilogue gets four adjacent
+// output channels of a pixel at a time, or of the four pixels of a pooling window.
+#pragma once
+
+#include <cstdint>
+
+#include "conv_sources.cuh"
+
+namespace maskcore {
+
+/// 0 where v is negative; NaN stays.
+__device__ __forceinline__ float relu(float v) { return v <= 0.0f ? 0.0f : v; }
+
+/// The first `count` of four values to p; `aligned`: p to four of them.
+__device__ __forceinline__ void store_channels(float* p, const float (&v)[4], int count, bool aligned) {
+  if (aligned && count >= 4) {
+    *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) p[i] = v[i];
+    }
+  }
+}
+__device__ __forceinline__ void store_channels(bf16* p, const float (&v)[4], int count, bool aligned) {
+  const uint2 four = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+  if (aligned && count >= 4) {
+    *reinterpret_cast<uint2*>(p) = four;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t pair = i < 2 ? four.x : four.y;
+      if (i < count) p[i].bits = static_cast<uint16_t>(i % 2 == 0 ? pair & 0xffffu : pair >> 16);
+    }
+  }
+}
+
+/// bias [k..k+3], 0 from K on and where there is none.
+__device__ __forceinline__ void load_bias(const float* bias, int k, int K, float (&b)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) b[i] = bias != nullptr && k + i < K ? bias[k + i] : 0.0f;
+}
+
+/// y = sum + bias, and kRelu's maximum with 0. kStatistics: of each tile and channel also a pivot, the sum of
+/// y - pivot and of its square (the kernel takes them, batch_norm.cuh merges them).
+template <class T, bool kRelu_, bool kStatistics_ = false>
+struct StoreOutput {
+  static constexpr bool kWindows = false;
+  static constexpr bool kStatistics = kStatistics_;
+  T* y;               // [N,P,Q,K]
+  const float* bias;  // [K], or null
+  int P, Q, K;
+  bool aligned;
+  float* moments;  // [tiles][3][K]
+  int* counts;     // [tiles] pixels
+
+  __device__ __forceinline__ void finish(float (&v)[4], const float (&b)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[i] += b[i];
+      if constexpr (kRelu_) v[i] = relu(v[i]);
+    }
+  }
+  __device__ __forceinline__ void store(const Pixel& pixel, int k, const float (&v)[4]) const {
+    store_channels(y + pixel.number(P, Q) * K + k, v, K - k, aligned);
+  }
+};
+
+/// y = the largest of a 2x2 window's max(sum + bias, 0), and its place 2 * row + column, the first if there
+/// are several; a NaN wins.
+template <class T>
+struct MaxPoolOutput {
+  static constexpr bool kWindows = true;
+  static constexpr bool kStatistics = false;
+  T* y;               // [N,P/2,Q/2,K]
+  uint8_t* argmax;    // [N,P/2,Q/2,K]
+  const float* bias;  // [K]
+  int P, Q, K;        // P and Q even
+  bool aligned;
+
+  __device__ __forceinline__ void store(const Pixel& pixel, int k, const float (&v)[4][4]) const {
+    float b[4], best[4];
+    load_bias(bias, k, K, b);
+    uint32_t places = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      best[i] = relu(v[0][i] + b[i]);
+      uint32_t place = 0;
+#pragma unroll
+      for (uint32_t corner = 1; corner < 4; ++corner) {
+        const float other = relu(v[corner][i] + b[i]);
+        // Not (other <= best) lets a NaN win; best == best keeps the first one.
+        if (!(other <= best[i]) && best[i] == best[i]) {
+          best[i] = other;
+          place = corner;
+        }
+      }
+      places |= place << (8 * i);
+    }
+    const Pixel window{true, pixel.n, pixel.h / 2, pixel.w / 2};
+    const int64_t out = window.number(P / 2, Q / 2) * K + k;
+    store_channels(y + out, best, K - k, aligned);
+    if (aligned && K - k >= 4) {
+      *reinterpret_cast<uint32_t*>(argmax + out) = places;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i < K - k) argmax[out + i] = static_cast<uint8_t>(places >> (8 * i));
+      }
+    }
+  }
+};
+
+}  // namespace maskcore

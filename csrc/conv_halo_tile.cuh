@@ -1,0 +1,427 @@
+// 3x3 convolution as an implicit GEMM over halo tiles; forward, and backward-data with the turned filter:
+//   out[n,p,q,k] = sum over r,s,c of in[n, p + r - padding, q + s - padding, c] w[k,r,s,c],   NHWC
+// GEMM: rows m = the kTileM output pixels of a tile (conv_tiling.cuh), columns n = kTileN output channels,
+// reduction over 9 taps x C channels, in slabs of 64 bytes of channels (16 float32 or 32 bfloat16).
+//
+// Where im2col's implicit GEMM (CUTLASS' fprop, Thakkar et al.) gathers each input pixel nine times, here the
+// patch of input under the tile is brought into shared memory once a slab, and the nine taps are nine shifted
+// products on it: row m's window begins at patch pixel window(m), tap (r, s) lies r pitch + s further. A tile
+// of 8 x 16 pixels reads 10 x 18 = 1.4 times its pixels through L2 instead of 9 times; and what the source
+// computes (ReLU mask, unpooling, batch-norm gradient) is computed 1.4 times instead of 9.
+//
+// Pipeline: while slab i's nine taps are multiplied, slab i + 1's patch arrives in the other of two buffers,
+// one 16-byte item a thread and tap: by cp.async with zero fill outside the image where the source is a plain
+// tensor, else through registers, loaded before the tap's products and stored after them. The filter
+// arrives tap by tap in kStages buffers by cp.async. Where there are at most 32 output channels and all of
+// their filter fits in kResidentBytes it is loaded once, and the block goes through many tiles, each one's
+// first patch arriving during the one before: 9 taps of 32 x 32 are 18 KB in bf16, 36 KB in TF32, more than a
+// tile's own input (180 * 64 bytes a slab) or output. One barrier a tap.
+//
+// Budget
+//   shared     128 bytes of positions, two patches of kPatchPixels = 192 pixels of 64 bytes, and filters:
+//              Wide    128 + 2 * 192 * 64 + 3 * 128 * 64 = 49,280 bytes: two blocks even in 100 KB
+//              Middle  128 + 2 * 192 * 64 + 2 * 64 * 64  = 32,896: three in 100 KB, four in 164 KB
+//              Narrow  128 + 2 * 192 * 64 + 2 * 32 * 64  = 28,800; resident, of 32 channels, 24,704 + 9 *
+//              2,048 = 43,136 in bf16 and 24,704 + 18 * 2,048 = 61,568 in TF32
+//   registers  Wide, Middle: 64 accumulators, 8 of filter and 4 of input fragments, 4 windows, up to 19 of
+//              an item on its way: within 128. Narrow, Ieee: 32 accumulators, within 128
+//   occupancy  Wide 2 blocks * 8 = 16 warps of 64 (25 %) or of 48 (33 %), so Ieee. Middle 4 * 4 = 16 of 64
+//              (25 %), in 100 KB 3 * 4 = 12 of 48 (25 %). Narrow, streaming, the same; resident, bf16: 3
+//              blocks in 164 KB, 12 warps of 64 (19 %), TF32 2 blocks (12 %): below 25 % because the filter
+//              kept takes away more traffic through L2 (18 or 36 KB a tile beside 12 or 23 KB of input) than
+//              more warps hide
+//   shared memory traffic of a 64 x 32 warp tile: (64 + 32) * 32 bytes for 64 * 32 * 16 bf16 products = 24
+//   cycles of 128 bytes, in which an sm_80 does 32 cycles' worth of products; TF32 the same for 64 * 32 * 8.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "conv_epilogues.cuh"
+#include "conv_math.cuh"
+#include "conv_sources.cuh"
+#include "conv_tiling.cuh"
+
+namespace maskcore {
+
+constexpr int kTaps = 9;
+constexpr int kPatchPixels = 192;
+constexpr int kPatchBytes = kPatchPixels * kRowBytes;
+constexpr int kResidentBytes = 36 * 1024;
+constexpr int kPositionBytes = 128;  // two, and a line's alignment for what follows
+
+// 16 rows of 32 sums on their way from registers to memory. 8 floats more a row put the 8 bytes that 16 lanes
+// write at once, four rows, into different banks.
+constexpr int kStagePitch = 32 + 8;
+constexpr int kStageBytes = 16 * kStagePitch * 4;
+
+/// kWarpsM x kWarpsN warps of 16 MT x 32 sums each.
+template <class Math_, int kWarpsM_, int kWarpsN_, int MT_, int kStages_, int kBlocks_,
+          bool kResident_ = false>
+struct HaloTile {
+  using Math = Math_;
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, MT = MT_, NT = 4;
+  static constexpr int kTileM = kWarpsM * 16 * MT, kTileN = kWarpsN * 8 * NT;
+  static constexpr int kWarps = kWarpsM * kWarpsN, kThreads = 32 * kWarps;
+  static constexpr int kStages = kStages_, kBlocks = kBlocks_;
+  static constexpr int kSlab = kRowChunks * Math::kLanes;  // channels
+  static constexpr int kTapBytes = kTileN * kRowBytes;
+  // The last item of a patch is waited for kStages - 1 taps after it was asked for.
+  static constexpr int kItems = (kPatchPixels * kRowChunks + kThreads - 1) / kThreads;
+  static_assert(kItems <= kTaps - (kStages - 2));
+  static_assert(kTileM == 128 && kThreads % kRowChunks == 0 && kTileN <= kThreads);
+  // Sums are staged where the last slab's patch or, in a block with one tile, anything was.
+  static constexpr int kEpilogueBytes = kWarps * (kStageBytes + 4) + kWarpsM * 3 * kTileN * 4;
+  static_assert(kEpilogueBytes <= 2 * kPatchBytes + kStages * kTapBytes);
+  // Whether the block keeps the whole filter and goes through many tiles.
+  static constexpr bool kResident = kResident_;
+  static_assert(!kResident || kEpilogueBytes <= kPatchBytes);
+};
+
+template <class Math>
+using WideTile = HaloTile<Math, 2, 4, 4, 3, 2>;
+template <class Math>
+using MiddleTile = HaloTile<Math, 2, 2, 4, 2, 4>;
+template <class Math, bool kResident = false>
+using NarrowTile = HaloTile<Math, 4, 1, 2, 2, 4, kResident>;
+using IeeeTile = HaloTile<Ieee, 4, 2, 2, 2, 2>;
+
+/// w[K,C,3,3] -> [slab][tap][row of output channel][slab's channels], rounded, zero where there is no
+/// channel: what a block loads for one tap is contiguous and has no tails. `turned`: for backward-data, out
+/// channels C and in channels K, taps turned by 180 degrees. One thread a 16-byte chunk.
+template <class Math>
+__global__ void __launch_bounds__(256) pack_filter_kernel(const float* w, int out_channels, int in_channels,
+                                                          int slabs, int rows, bool turned, uint4* packed) {
+  const int64_t chunk = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (chunk >= static_cast<int64_t>(slabs) * kTaps * rows * kRowChunks) return;
+  const int64_t row = chunk / kRowChunks;
+  const int out = static_cast<int>(row % rows), tap = static_cast<int>(row / rows % kTaps);
+  const int slab = static_cast<int>(row / rows / kTaps);
+  float v[Math::kLanes];
+#pragma unroll
+  for (int i = 0; i < Math::kLanes; ++i) {
+    const int in = (slab * kRowChunks + static_cast<int>(chunk % kRowChunks)) * Math::kLanes + i;
+    const int64_t pair =
+        turned ? static_cast<int64_t>(in) * out_channels + out : static_cast<int64_t>(out) * in_channels + in;
+    const bool there = out < out_channels && in < in_channels;
+    v[i] = there ? w[pair * kTaps + (turned ? kTaps - 1 - tap : tap)] : 0.0f;
+  }
+  packed[chunk] = Math::pack(v);
+}
+
+template <class Source, class Epilogue>
+struct HaloConvolution {
+  Tiling tiling;
+  Source source;
+  Epilogue epilogue;
+  const uint4* filter;  // packed
+  int slabs;
+  int filter_rows;  // output channels rounded up to whole tiles
+};
+
+/// Brings the patch of one (tile, slab) into shared memory, item by item.
+template <class Tile, class Source>
+struct PatchLoader {
+  using Math = typename Tile::Math;
+
+  const Tiling& tiling;
+  const Source& source;
+  Item<Math, Source> item;
+
+  static __device__ __forceinline__ int number(int i) {
+    return static_cast<int>(threadIdx.x) + i * Tile::kThreads;
+  }
+  static __device__ __forceinline__ int channel(int slab) {
+    return (slab * kRowChunks + static_cast<int>(threadIdx.x) % kRowChunks) * Math::kLanes;
+  }
+  static __device__ __forceinline__ int place(int i) {
+    return swizzled(number(i) / kRowChunks, number(i) % kRowChunks);
+  }
+  __device__ __forceinline__ bool has(int i) const { return number(i) < tiling.patch_pixels * kRowChunks; }
+
+  __device__ __forceinline__ void start(const Tiling::Position& at, int slab, int i, unsigned char* patch) {
+    if (has(i)) {
+      item.start(source, tiling.input(at, number(i) / kRowChunks), channel(slab), patch + place(i));
+    }
+  }
+  __device__ __forceinline__ void finish(int slab, int i, unsigned char* patch) const {
+    if (has(i)) item.finish(source, channel(slab), patch + place(i));
+  }
+};
+
+/// One warp's sums, four channels a lane and 16 pixels a turn, through `stage` to the epilogue. With
+/// kStatistics, pivot and sums over the warp's pixels go to `record`, [3][kTileN] from the warp's first
+/// channel on, and the number of pixels to `count`.
+template <class Tile, class Epilogue>
+__device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT][4], const Tiling& tiling,
+                                           const Tiling::Position& at, const Epilogue& epilogue, int m0,
+                                           int k0, float* stage, float* record, float* count) {
+  const int lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
+  const int k = k0 + 4 * (lane & 7);
+  [[maybe_unused]] float bias[4];
+  if constexpr (!Epilogue::kWindows) load_bias(epilogue.bias, k, epilogue.K, bias);
+  [[maybe_unused]] float pivot[4] = {}, sum[4] = {}, squares[4] = {}, pixels = 0.0f;
+#pragma unroll
+  for (int mt = 0; mt < Tile::MT; ++mt) {
+    __syncwarp();
+#pragma unroll
+    for (int nt = 0; nt < Tile::NT; ++nt) {
+      float* to = stage + g * kStagePitch + 8 * nt + 2 * t;
+      *reinterpret_cast<float2*>(to) = make_float2(acc[mt][nt][0], acc[mt][nt][1]);
+      *reinterpret_cast<float2*>(to + 8 * kStagePitch) = make_float2(acc[mt][nt][2], acc[mt][nt][3]);
+    }
+    __syncwarp();
+    const auto staged = [&](int row, float (&v)[4]) {
+      const float4 four = *reinterpret_cast<const float4*>(stage + row * kStagePitch + 4 * (lane & 7));
+      v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+    };
+    if constexpr (Epilogue::kWindows) {
+      const int row = lane >> 3 << 2;
+      const Pixel pixel = tiling.output<true>(at, m0 + 16 * mt + row);
+      float v[4][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) staged(row + i, v[i]);
+      if (pixel.inside && k < epilogue.K) epilogue.store(pixel, k, v);
+    } else {
+      if constexpr (Epilogue::kStatistics) {
+        if (mt == 0) {
+          staged(0, pivot);
+          epilogue.finish(pivot, bias);
+        }
+      }
+#pragma unroll 1
+      for (int i = 0; i < 4; ++i) {
+        const int row = 4 * i + (lane >> 3);
+        const Pixel pixel = tiling.output<false>(at, m0 + 16 * mt + row);
+        float v[4];
+        staged(row, v);
+        epilogue.finish(v, bias);
+        if (pixel.inside && k < epilogue.K) epilogue.store(pixel, k, v);
+        if constexpr (Epilogue::kStatistics) {
+          pixels += pixel.inside ? 1.0f : 0.0f;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float d = pixel.inside ? v[j] - pivot[j] : 0.0f;
+            sum[j] += d;
+            squares[j] = fmaf(d, d, squares[j]);
+          }
+        }
+      }
+    }
+  }
+  if constexpr (Epilogue::kStatistics) {
+    pixels += __shfl_xor_sync(0xffffffffu, pixels, 8);
+    pixels += __shfl_xor_sync(0xffffffffu, pixels, 16);
+    if (lane == 0) *count = pixels;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int other = 8; other < 32; other *= 2) {
+        sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], other);
+        squares[j] += __shfl_xor_sync(0xffffffffu, squares[j], other);
+      }
+      if (lane < 8) {
+        const int n = 4 * lane + j;
+        record[n] = pivot[j];
+        record[Tile::kTileN + n] = sum[j];
+        record[2 * Tile::kTileN + n] = squares[j];
+      }
+    }
+  }
+}
+
+template <class Tile, class Source, class Epilogue>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    conv_halo_tile_kernel(const HaloConvolution<Source, Epilogue> conv) {
+  using Math = typename Tile::Math;
+  constexpr int kRows = Tile::MT * kRowsPerBlock<Math>;
+  // Positions of this tile and of the next one, two patches, filters.
+  int4* const positions = dynamic_shared<int4>();
+  unsigned char* const shared = dynamic_shared<unsigned char>() + kPositionBytes;
+  constexpr int kFilters = 2 * kPatchBytes;
+  const Tiling& tiling = conv.tiling;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int warp_m = warp / Tile::kWarpsN * 16 * Tile::MT, warp_n = warp % Tile::kWarpsN * 8 * Tile::NT;
+  // Blocks that share a tile of pixels are neighbours, so that its input stays in L2.
+  const int k_tiles = conv.filter_rows / Tile::kTileN;
+  const int k_first = static_cast<int>(blockIdx.x) % k_tiles * Tile::kTileN;
+  const int steps = conv.slabs * kTaps;
+
+  const auto load_filter = [&](int step, int slot) {
+    const uint4* from = conv.filter + (static_cast<int64_t>(step) * conv.filter_rows + k_first) * kRowChunks;
+    unsigned char* to = shared + kFilters + slot * Tile::kTapBytes;
+#pragma unroll
+    for (int i = thread; i < Tile::kTileN * kRowChunks; i += Tile::kThreads) {
+      cp_async_16(to + swizzled(i / kRowChunks, i % kRowChunks), from + i);
+    }
+  };
+
+  PatchLoader<Tile, Source> loader{tiling, conv.source, {}};
+  int tile = static_cast<int>(blockIdx.x) / k_tiles;
+  const int stride = static_cast<int>(gridDim.x) / k_tiles;
+  if (thread < 2) tiling.store_position(tile + thread * stride, positions + thread);
+  if constexpr (Tile::kResident) {
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) load_filter(step, step);
+  }
+  const Tiling::Position first = tiling.position(tile);
+#pragma unroll 1
+  for (int i = 0; i < Tile::kItems; ++i) {
+    loader.start(first, 0, i, shared);
+    loader.finish(0, i, shared);
+  }
+#pragma unroll 1
+  for (int step = 0; step < Tile::kStages - 1; ++step) {
+    if (!Tile::kResident) load_filter(step, step);
+    cp_async_commit();
+  }
+
+  int patch = 0;           // where that in use begins; the other one is being filled
+  int slot = 0, turn = 0;  // turn: which of the two positions is this tile's
+  __syncthreads();
+  while (true) {
+    int window[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      window[i] = tiling.window<Epilogue::kWindows>(Tiling::load(positions + turn),
+                                                    warp_m + named_row<Math>(i, lane));
+    }
+    float acc[Tile::MT][Tile::NT][4] = {};
+    const bool last_tile = !Tile::kResident || tile + stride >= tiling.tiles;
+    int load_turn = turn;
+#pragma unroll 1
+    for (int slab = 0; slab < conv.slabs; ++slab) {
+      int load_slab = slab + 1;
+      if (load_slab == conv.slabs && !last_tile) {
+        load_slab = 0;
+        load_turn = turn ^ 1;
+      }
+#pragma unroll 1
+      for (int tap = 0; tap < kTaps; ++tap) {
+        cp_async_wait<Tile::kStages - 2>();
+        __syncthreads();
+        const int step = slab * kTaps + tap;
+        if (!Tile::kResident && step + Tile::kStages - 1 < steps) {
+          load_filter(step + Tile::kStages - 1, slot == 0 ? Tile::kStages - 1 : slot - 1);
+        }
+        const bool loads = load_slab < conv.slabs && tap < Tile::kItems;
+        if (loads)
+          loader.start(Tiling::load(positions + load_turn), load_slab, tap, shared + (kPatchBytes - patch));
+        cp_async_commit();
+        const unsigned char* filter =
+            shared + kFilters + (Tile::kResident ? step : slot) * Tile::kTapBytes + warp_n * kRowBytes;
+        const int r = quotient(tap, 1.0f / 3.0f);
+        multiply_rows<Math>(acc, shared + patch, window, r * tiling.pitch + tap - 3 * r, filter, lane);
+        if (loads) loader.finish(load_slab, tap, shared + (kPatchBytes - patch));
+        slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
+      }
+      patch = kPatchBytes - patch;
+    }
+
+    const Tiling::Position at = Tiling::load(positions + turn);
+    __syncthreads();  // the others may still read what the sums are staged over
+    if (thread == 0 && !last_tile) tiling.store_position(tile + 2 * stride, positions + turn);
+    unsigned char* const free = shared + (Tile::kResident ? kPatchBytes - patch : 0);
+    float* const stage = reinterpret_cast<float*>(free + warp * kStageBytes);
+    float* const records = reinterpret_cast<float*>(free + Tile::kWarps * kStageBytes);
+    const int record = warp / Tile::kWarpsN * 3 * Tile::kTileN + warp_n;
+    float* const pixels = records + Tile::kWarpsM * 3 * Tile::kTileN;  // of each warp
+    store_warp<Tile>(acc, tiling, at, conv.epilogue, warp_m, k_first + warp_n, stage, records + record,
+                     pixels + warp);
+    if constexpr (Epilogue::kStatistics) {
+      __syncthreads();
+      const int k = k_first + thread;
+      if (thread < Tile::kTileN && k < conv.epilogue.K) {
+        // About the first warp's pivot: y - p0 = (y - p) + (p - p0).
+        const float pivot = records[thread];
+        float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+        for (int i = 0; i < Tile::kWarpsM; ++i) {
+          const float* of = records + i * 3 * Tile::kTileN + thread;
+          const float d = of[0] - pivot, s = of[Tile::kTileN], count = pixels[i * Tile::kWarpsN];
+          sum += fmaf(count, d, s);
+          squares += of[2 * Tile::kTileN] + d * fmaf(count, d, 2.0f * s);
+        }
+        float* moments = conv.epilogue.moments + static_cast<int64_t>(tile) * 3 * conv.epilogue.K + k;
+        moments[0] = pivot;
+        moments[conv.epilogue.K] = sum;
+        moments[2 * conv.epilogue.K] = squares;
+        if (k == 0) conv.epilogue.counts[tile] = tiling.pixels(at);
+      }
+    }
+    if (last_tile) return;
+    tile += stride;
+    turn ^= 1;
+  }
+}
+
+// ---- launching -----------------------------------------------------------------------------------
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+/// Bytes of the packed filter of a convolution with C input and K output channels, in any precision: slabs
+/// of 16 channels at least, and whole tiles of at most 128 output channels.
+inline int64_t packed_filter_bytes(int64_t C, int64_t K) {
+  return round_up(C, 16) / 16 * kTaps * round_up(K, 128) * kRowBytes;
+}
+
+/// Bytes of a block's filter, all slabs and taps.
+template <class Tile>
+int64_t block_filter_bytes(const ConvSize& s) {
+  return round_up(s.C, Tile::kSlab) / Tile::kSlab * kTaps * Tile::kTapBytes;
+}
+
+template <class Tile, class Source, class Epilogue>
+cudaError_t launch_halo_tile(const ConvCall& call, const ConvSize& s, const Source& source,
+                             const Epilogue& epilogue, const float* weight, bool turned, void* packed,
+                             cudaStream_t stream) {
+  using Math = typename Tile::Math;
+  const HaloConvolution<Source, Epilogue> conv{
+      .tiling = Tiling::choose(s, Epilogue::kWindows, Tile::kTileM, kPatchPixels),
+      .source = source,
+      .epilogue = epilogue,
+      .filter = static_cast<const uint4*>(packed),
+      .slabs = static_cast<int>(round_up(s.C, Tile::kSlab) / Tile::kSlab),
+      .filter_rows = static_cast<int>(round_up(s.K, Tile::kTileN))};
+  if (conv.tiling.tiles == 0) return cudaErrorInvalidValue;
+  const int64_t chunks = static_cast<int64_t>(conv.slabs) * kTaps * conv.filter_rows * kRowChunks;
+  const cudaError_t error =
+      launch(&pack_filter_kernel<Math>, dim3(static_cast<unsigned>((chunks + 255) / 256)), dim3(256), 0,
+             stream, weight, static_cast<int>(s.K), static_cast<int>(s.C), conv.slabs, conv.filter_rows,
+             turned, static_cast<uint4*>(packed));
+  if (error != cudaSuccess) return error;
+
+  int64_t blocks = static_cast<int64_t>(conv.tiling.tiles) * (conv.filter_rows / Tile::kTileN);
+  int64_t filter = Tile::kStages * Tile::kTapBytes;
+  if constexpr (Tile::kResident) {
+    blocks = std::min(blocks, static_cast<int64_t>(call.multiprocessors) * Tile::kBlocks);
+    filter = block_filter_bytes<Tile>(s);
+  }
+  if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
+  return launch(&conv_halo_tile_kernel<Tile, Source, Epilogue>, dim3(static_cast<unsigned>(blocks)),
+                dim3(Tile::kThreads), static_cast<size_t>(kPositionBytes + 2 * kPatchBytes + filter), stream,
+                conv);
+}
+
+/// The tile is chosen by the number of output channels, so that more than half of it is used; the narrow
+/// one's filter stays where it is small enough.
+template <class Math, class Source, class Epilogue>
+cudaError_t convolve(const ConvCall& call, const ConvSize& s, const Source& source, const Epilogue& epilogue,
+                     const float* weight, bool turned, void* packed, cudaStream_t stream) {
+  const auto with = [&]<class Tile>(Tile*) {
+    return launch_halo_tile<Tile>(call, s, source, epilogue, weight, turned, packed, stream);
+  };
+  if constexpr (!Math::kFragments) {
+    return with(static_cast<IeeeTile*>(nullptr));
+  } else {
+    if (s.K > 64) return with(static_cast<WideTile<Math>*>(nullptr));
+    if (s.K > 32) return with(static_cast<MiddleTile<Math>*>(nullptr));
+    if (block_filter_bytes<NarrowTile<Math>>(s) > kResidentBytes) {
+      return with(static_cast<NarrowTile<Math>*>(nullptr));
+    }
+    return with(static_cast<NarrowTile<Math, true>*>(nullptr));
+  }
+}
+
+}  // namespace maskcore

@@ -1,0 +1,48 @@
+// The gradients of conv_relu and conv_relu_max_pool on CUDA: with g the gradient in front of the ReLU
+// (and of the pool), which conv_sources.cuh computes while it loads,
+//   dx = conv(g, turned weight), padding 2 - padding;  dweight, dbias: conv_weight_gradient.cuh
+#include "conv_dispatch.cuh"
+#include "cuda_launchers.h"
+
+namespace maskcore {
+
+int64_t conv_relu_backward_workspace_bytes(const ConvCall& call) { return backward_bytes(call.size); }
+
+cudaError_t launch_conv_relu_backward(const ConvCall& call, const void* dy, const void* x,
+                                      const float* weight, const void* y, void* dx, float* dweight,
+                                      float* dbias, void* workspace, cudaStream_t stream) {
+  return dispatch(call, [&]<class T, class Math>() {
+    const ConvSize& s = call.size;
+    const T *const dy_data = static_cast<const T*>(dy), *const y_data = static_cast<const T*>(y);
+    const ReluGradient<T> gradient{.dy = dy_data,
+                                   .y = y_data,
+                                   .H = static_cast<int>(s.P),
+                                   .W = static_cast<int>(s.Q),
+                                   .C = static_cast<int>(s.K),
+                                   .aligned = aligned(dy_data, s.K) && aligned(y_data, s.K)};
+    return convolve_backward<T, Math>(call, gradient, static_cast<const T*>(x), weight, static_cast<T*>(dx),
+                                      dweight, dbias, {static_cast<unsigned char*>(workspace)}, stream);
+  });
+}
+
+cudaError_t launch_conv_relu_max_pool_backward(const ConvCall& call, const void* dy, const void* x,
+                                               const float* weight, const void* y, const uint8_t* argmax,
+                                               void* dx, float* dweight, float* dbias, void* workspace,
+                                               cudaStream_t stream) {
+  return dispatch(call, [&]<class T, class Math>() {
+    const ConvSize& s = call.size;
+    const T *const dy_data = static_cast<const T*>(dy), *const y_data = static_cast<const T*>(y);
+    const PooledReluGradient<T> gradient{
+        .dy = dy_data,
+        .y = y_data,
+        .argmax = argmax,
+        .H = static_cast<int>(s.P),
+        .W = static_cast<int>(s.Q),
+        .C = static_cast<int>(s.K),
+        .aligned = aligned(dy_data, s.K) && aligned(y_data, s.K) && lies_on(argmax, 4)};
+    return convolve_backward<T, Math>(call, gradient, static_cast<const T*>(x), weight, static_cast<T*>(dx),
+                                      dweight, dbias, {static_cast<unsigned char*>(workspace)}, stream);
+  });
+}
+
+}  // namespace maskcore

@@ -1,0 +1,49 @@
+// conv_relu and conv_relu_max_pool on CUDA, forward:
+//   y = max(conv(x, weight) + bias, 0), and its 2x2 max-pool with the place of the first maximum
+// The kernel is conv_halo_tile.cuh's; bias, ReLU and the pool are its epilogues (conv_epilogues.cuh).
+#include "conv_dispatch.cuh"
+#include "cuda_launchers.h"
+
+namespace maskcore {
+
+int64_t conv_relu_workspace_bytes(const ConvCall& call) {
+  return packed_filter_bytes(call.size.C, call.size.K);
+}
+
+cudaError_t launch_conv_relu(const ConvCall& call, const void* x, const float* weight, const float* bias,
+                             void* y, void* workspace, cudaStream_t stream) {
+  return dispatch(call, [&]<class T, class Math>() {
+    const ConvSize& s = call.size;
+    if (s.N == 0) return cudaSuccess;
+    const StoreOutput<T, true> output{.y = static_cast<T*>(y),
+                                      .bias = bias,
+                                      .P = static_cast<int>(s.P),
+                                      .Q = static_cast<int>(s.Q),
+                                      .K = static_cast<int>(s.K),
+                                      .aligned = aligned(static_cast<T*>(y), s.K),
+                                      .moments = nullptr,
+                                      .counts = nullptr};
+    return convolve<Math>(call, s, activation(s, static_cast<const T*>(x)), output, weight, /*turned=*/false,
+                          workspace, stream);
+  });
+}
+
+cudaError_t launch_conv_relu_max_pool(const ConvCall& call, const void* x, const float* weight,
+                                      const float* bias, void* y, uint8_t* argmax, void* workspace,
+                                      cudaStream_t stream) {
+  return dispatch(call, [&]<class T, class Math>() {
+    const ConvSize& s = call.size;
+    if (s.N == 0 || s.P < 2 || s.Q < 2) return cudaSuccess;
+    const MaxPoolOutput<T> output{.y = static_cast<T*>(y),
+                                  .argmax = argmax,
+                                  .bias = bias,
+                                  .P = static_cast<int>(s.P / 2 * 2),
+                                  .Q = static_cast<int>(s.Q / 2 * 2),
+                                  .K = static_cast<int>(s.K),
+                                  .aligned = aligned(static_cast<T*>(y), s.K) && lies_on(argmax, 4)};
+    return convolve<Math>(call, s, activation(s, static_cast<const T*>(x)), output, weight, /*turned=*/false,
+                          workspace, stream);
+  });
+}
+
+}  // namespace maskcore

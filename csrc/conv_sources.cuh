@@ -1,0 +1,276 @@
+// Where a convolution's operands come from. A source gives kLanes adjacent channels of one pixel, what 16
+// bytes of shared memory hold; what it computes on the way (ReLU mask, max-pool expansion, batch-norm
+// gradient) is fused into the load and never stored as a tensor. fetch() only starts the loads, values()
+// computes, so that matrix products stand between the two and hide the memory's latency. The formulas are
+// those of sources.h.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "conv_tiling.cuh"
+#include "tensor_core.cuh"
+
+namespace maskcore {
+
+/// A bfloat16 as it lies in memory.
+struct bf16 {
+  uint16_t bits;
+};
+
+/// kLanes values of T in registers, as loaded.
+template <class T, int kLanes>
+struct Packet;
+
+template <int kLanes>
+struct Packet<float, kLanes> {
+  float v[kLanes];
+
+  __device__ __forceinline__ float operator[](int i) const { return v[i]; }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) v[i] = 0.0f;
+  }
+  __device__ __forceinline__ void load_aligned(const float* p) {
+#pragma unroll
+    for (int i = 0; i < kLanes; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(p + i);
+      v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
+    }
+  }
+  __device__ __forceinline__ void load_first(const float* p, int count) {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) v[i] = i < count ? p[i] : 0.0f;
+  }
+};
+
+template <>
+struct Packet<bf16, 8> {
+  uint32_t v[4];  // low half first
+
+  __device__ __forceinline__ float operator[](int i) const {
+    return __uint_as_float(i % 2 == 0 ? v[i / 2] << 16 : v[i / 2] & 0xffff0000u);
+  }
+  __device__ __forceinline__ void clear() { v[0] = v[1] = v[2] = v[3] = 0; }
+  __device__ __forceinline__ void load_aligned(const bf16* p) {
+    const uint4 eight = *reinterpret_cast<const uint4*>(p);
+    v[0] = eight.x, v[1] = eight.y, v[2] = eight.z, v[3] = eight.w;
+  }
+  __device__ __forceinline__ void load_first(const bf16* p, int count) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t low = 2 * i < count ? p[2 * i].bits : 0u;
+      const uint32_t high = 2 * i + 1 < count ? p[2 * i + 1].bits : 0u;
+      v[i] = low | high << 16;
+    }
+  }
+};
+
+/// The first `count` (1..kLanes, or more) of them; the others are zero.
+template <class T, int kLanes>
+__device__ __forceinline__ void load_channels(Packet<T, kLanes>& packet, const T* p, int count,
+                                              bool aligned) {
+  if (aligned && count >= kLanes) {
+    packet.load_aligned(p);
+  } else {
+    packet.load_first(p, count);
+  }
+}
+
+/// dy where y > 0, else 0; a NaN in y lets dy pass.
+__device__ __forceinline__ float relu_gradient(float dy, float y) { return y <= 0.0f ? 0.0f : dy; }
+
+/// A tensor as it lies in memory.
+template <class T>
+struct Activation {
+  using Element = T;
+  static constexpr bool kPlain = true;
+  const T* x;  // [N,H,W,C]
+  int H, W, C;
+  bool aligned;  // x lies on, and a pixel is a multiple of, 16 bytes
+
+  template <int kLanes>
+  struct Fetched {
+    Packet<T, kLanes> x;
+  };
+
+  __device__ __forceinline__ const T* at(const Pixel& pixel, int c) const {
+    return x + pixel.number(H, W) * C + c;
+  }
+  template <int kLanes>
+  __device__ __forceinline__ void fetch(const Pixel& pixel, int c, Fetched<kLanes>& fetched) const {
+    fetched.x.clear();
+    if (pixel.inside && c < C) load_channels(fetched.x, at(pixel, c), C - c, aligned);
+  }
+  template <int kLanes>
+  __device__ __forceinline__ void values(const Fetched<kLanes>& fetched, int, float (&out)[kLanes]) const {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) out[i] = fetched.x[i];
+  }
+};
+
+/// The gradient in front of a ReLU whose output is y.
+template <class T>
+struct ReluGradient {
+  using Element = T;
+  static constexpr bool kPlain = false, kHasBias = true;
+  const T* dy;  // [N,H,W,C]
+  const T* y;   // [N,H,W,C]
+  int H, W, C;
+  bool aligned;
+
+  template <int kLanes>
+  struct Fetched {
+    Packet<T, kLanes> dy, y;
+  };
+
+  template <int kLanes>
+  __device__ __forceinline__ void fetch(const Pixel& pixel, int c, Fetched<kLanes>& fetched) const {
+    fetched.dy.clear();
+    fetched.y.clear();
+    if (pixel.inside && c < C) {
+      const int64_t i = pixel.number(H, W) * C + c;
+      load_channels(fetched.dy, dy + i, C - c, aligned);
+      load_channels(fetched.y, y + i, C - c, aligned);
+    }
+  }
+  template <int kLanes>
+  __device__ __forceinline__ void values(const Fetched<kLanes>& fetched, int, float (&out)[kLanes]) const {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) out[i] = relu_gradient(fetched.dy[i], fetched.y[i]);
+  }
+};
+
+/// The gradient in front of ReLU and 2x2 max-pool: dy goes to the maximum's place if that was positive.
+template <class T>
+struct PooledReluGradient {
+  using Element = T;
+  static constexpr bool kPlain = false, kHasBias = true;
+  const T* dy;            // [N,H/2,W/2,C]
+  const T* y;             // [N,H/2,W/2,C]
+  const uint8_t* argmax;  // [N,H/2,W/2,C], 2 * (row in the window) + (column in the window)
+  int H, W, C;
+  bool aligned;  // argmax to kLanes bytes
+
+  template <int kLanes>
+  struct Fetched {
+    Packet<T, kLanes> dy, y;
+    uint32_t places[kLanes / 4];  // a byte each
+    uint32_t place;
+  };
+
+  template <int kLanes>
+  __device__ __forceinline__ void fetch(const Pixel& pixel, int c, Fetched<kLanes>& fetched) const {
+    fetched.dy.clear();
+    fetched.y.clear();
+    fetched.place = static_cast<uint32_t>((pixel.h & 1) * 2 + (pixel.w & 1));
+#pragma unroll
+    for (int i = 0; i < kLanes / 4; ++i) fetched.places[i] = 0;
+    if (pixel.inside && c < C && pixel.h >> 1 < H / 2 && pixel.w >> 1 < W / 2) {
+      const Pixel window{true, pixel.n, pixel.h >> 1, pixel.w >> 1};
+      const int64_t i = window.number(H / 2, W / 2) * C + c;
+      load_channels(fetched.dy, dy + i, C - c, aligned);
+      load_channels(fetched.y, y + i, C - c, aligned);
+      if (aligned && C - c >= kLanes) {
+#pragma unroll
+        for (int j = 0; j < kLanes / 4; ++j) {
+          fetched.places[j] = *reinterpret_cast<const uint32_t*>(argmax + i + 4 * j);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) {
+          if (j < C - c) fetched.places[j / 4] |= static_cast<uint32_t>(argmax[i + j]) << (j % 4 * 8);
+        }
+      }
+    }
+  }
+  template <int kLanes>
+  __device__ __forceinline__ void values(const Fetched<kLanes>& fetched, int, float (&out)[kLanes]) const {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      const bool here = (fetched.places[i / 4] >> (i % 4 * 8) & 0xffu) == fetched.place;
+      out[i] = here ? relu_gradient(fetched.dy[i], fetched.y[i]) : 0.0f;
+    }
+  }
+};
+
+/// The gradient in front of batch normalisation (batch statistics over M = N*H*W) and ReLU
+/// (Ioffe & Szegedy 2015, section 3):
+///   g = dy where scale (z - mean) + beta > 0, else 0;   zhat = (z - mean) inv_std
+///   dz = gamma inv_std (g - mean(g) - zhat mean(g zhat)) = scale (g - mean_g) + slope (z - mean)
+/// The bias in front of it has no effect: its gradient, the sum of dz, is zero.
+template <class T>
+struct BatchNormReluGradient {
+  using Element = T;
+  static constexpr bool kPlain = false, kHasBias = false;
+  static constexpr int kChannelAlign = 8;
+  const T* dy;  // [N,H,W,C]
+  const T* z;   // [N,H,W,C], the convolution's output
+  const float4*
+      channel;          // mean, scale, beta, slope of C channels, and zeros up to a multiple of kChannelAlign
+  const float* mean_g;  // the same
+  int H, W, C;
+  bool aligned;
+
+  template <int kLanes>
+  struct Fetched {
+    Packet<T, kLanes> dy, z;
+    bool there;
+  };
+
+  template <int kLanes>
+  __device__ __forceinline__ void fetch(const Pixel& pixel, int c, Fetched<kLanes>& fetched) const {
+    fetched.dy.clear();
+    fetched.z.clear();
+    fetched.there = pixel.inside && c < C;
+    if (fetched.there) {
+      const int64_t i = pixel.number(H, W) * C + c;
+      load_channels(fetched.dy, dy + i, C - c, aligned);
+      load_channels(fetched.z, z + i, C - c, aligned);
+    }
+  }
+  template <int kLanes>
+  __device__ __forceinline__ void values(const Fetched<kLanes>& fetched, int c, float (&out)[kLanes]) const {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      out[i] = 0.0f;
+      if (fetched.there) {
+        const float4 of = channel[c + i];
+        const float d = fetched.z[i] - of.x, g = relu_gradient(fetched.dy[i], fmaf(of.y, d, of.z));
+        out[i] = fmaf(of.y, g - mean_g[c + i], of.w * d);
+      }
+    }
+  }
+};
+
+/// 16 bytes of an operand on their way from a source to shared memory: by cp.async where the source is a
+/// tensor that the products take as it is, else through registers.
+template <class Math, class Source>
+struct Item {
+  static constexpr int kLanes = Math::kLanes;
+  static constexpr bool kMayCopy =
+      Source::kPlain && std::is_same_v<typename Source::Element, typename Math::Shared>;
+
+  typename Source::template Fetched<kLanes> fetched;
+
+  __device__ __forceinline__ void start(const Source& source, const Pixel& from, int c, unsigned char* to) {
+    if constexpr (kMayCopy) {
+      if (source.aligned) {
+        const bool there = from.inside && c < source.C;
+        cp_async_16(to, there ? source.at(from, c) : source.x, there);
+        return;
+      }
+    }
+    source.template fetch<kLanes>(from, c, fetched);
+  }
+  __device__ __forceinline__ void finish(const Source& source, int c, unsigned char* to) const {
+    if constexpr (kMayCopy) {
+      if (source.aligned) return;
+    }
+    float v[kLanes];
+    source.template values<kLanes>(fetched, c, v);
+    *reinterpret_cast<uint4*>(to) = Math::pack(v);
+  }
+};
+
+}  // namespace maskcore

@@ -1,0 +1,144 @@
+// The instructions of sm_80 that C++ has no words for, one function an instruction: asynchronous copies into
+// shared memory, matrix loads, matrix products, conversions. The only file with inline PTX. Under
+// MASKCORE_CUDA_EMULATION tests/cuda_emulator supplies the same functions.
+//
+// Fragments, as the PTX ISA lays them over a warp; lane = 4 g + t, so g = 0..7 and t = 0..3:
+//   mma_tf32  A 16 x 8   a[0..3] = (g, t)  (g+8, t)  (g, t+4)  (g+8, t+4)
+//             B  8 x 8   b[0..1] = (k = t, n = g)  (t+4, g)
+//   mma_bf16  A 16 x 16  a[0..3] = (g, 2t..2t+1)  (g+8, 2t..)  (g, 2t+8..2t+9)  (g+8, 2t+8..)
+//             B 16 x 8   b[0..1] = (k = 2t..2t+1, n = g)  (2t+8.., g)            low half = lower index
+//   both      D 16 x 8   d[0..3] = (g, 2t)  (g, 2t+1)  (g+8, 2t)  (g+8, 2t+1)
+//   ldmatrix  lane i of 8j..8j+7 names row i - 8j of the j-th 8 x 8 matrix of 16-bit elements; r[j] = (g,
+//   2t..2t+1)
+//             of it, or of its transpose. Rows of 4 floats are such rows: r[j] = (g, t), never transposed.
+#pragma once
+
+#ifdef MASKCORE_CUDA_EMULATION
+#include "cuda_emulator.h"
+#else
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace maskcore {
+
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// cp.async.cg.shared.global: 16 bytes past L1, both addresses multiples of 16; zeros where not valid, and
+// then global is not read. Only the thread that copied may read them after cp_async_wait; the others after a
+// barrier that follows it.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// cp.async.ca.shared.global: 8 bytes through L1.
+__device__ __forceinline__ void cp_async_8(void* shared, const void* global, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 8 : 0)
+               : "memory");
+}
+
+// cp.async.ca.shared.global: 4 bytes through L1.
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
+
+// cp.async.commit_group: this thread's copies since the last commit become one group, which may be empty.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+// cp.async.wait_group: returns when all but the latest kPending groups of this thread have arrived.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// ldmatrix.sync.aligned.m8n8.x4.shared.b16: four 8 x 8 matrices; all 32 lanes name a row of 16 aligned bytes.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(shared_row))
+               : "memory");
+}
+
+// ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16: the same, each matrix transposed.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(shared_row))
+               : "memory");
+}
+
+// ldmatrix.sync.aligned.m8n8.x2.shared.b16: two matrices, rows named by lanes 0..15.
+__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];\n"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(shared_row))
+               : "memory");
+}
+
+// ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16
+__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];\n"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(shared_row))
+               : "memory");
+}
+
+// ldmatrix.sync.aligned.m8n8.x1.shared.b16: one matrix, rows named by lanes 0..7.
+__device__ __forceinline__ void ldmatrix_x1(uint32_t (&r)[1], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];\n"
+               : "=r"(r[0])
+               : "r"(shared_address(shared_row))
+               : "memory");
+}
+
+// mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32: d += a b. The low 13 bits of an operand are ignored,
+// that is, cut off: round with to_tf32 first.
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d += a b.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// cvt.rna.tf32.f32: to the nearest number with 10 mantissa bits, ties away from zero.
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(rounded) : "f"(x));
+  return rounded;
+}
+
+// cvt.rn.bf16x2.f32: two bfloat16, each to the nearest, ties to even; lo in the low half.
+__device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}
+
+}  // namespace maskcore
+#endif
+
+namespace maskcore {
+
+// The inverse of pack_bf16, exact: a bfloat16 is a float's upper half.
+__device__ __forceinline__ float2 unpack_bf16(uint32_t packed) {
+  return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+}
+
+}  // namespace maskcore

@@ -1,0 +1,418 @@
+"""What every CUDA kernel takes of a multiprocessor, by the compiler's own word, and the table docs/cuda_kernels.md.
+
+    python tests/cuda_resources.py            compiles for all targets, writes the table
+    python tests/cuda_resources.py sm_90      prints one target's
+
+A kernel's budget stands in its source: __launch_bounds__(threads, blocks) says how many blocks an SM must hold,
+from which its registers follow (65,536 / (threads * blocks)), and `problems` holds the compiler to it. Threads and
+shared memory are those of the launchers, recorded on the emulator with the network's own shapes and with odd ones;
+registers and spills are ptxas', instructions those of nvdisasm (pip install nvidia-cuda-nvdisasm).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import cuda_emulator  # noqa: E402
+from cuda_emulator import CSRC, Launched  # noqa: E402
+
+TABLE = HERE.parent / "docs" / "cuda_kernels.md"
+
+
+class Target(NamedTuple):
+    """The limits of a multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per Compute
+    Capability"); all have 65,536 registers, given to warps by 256."""
+
+    gpus: str
+    threads: int
+    blocks: int
+    shared_bytes: int  # of which each block takes 1 KB more than it asks for
+
+
+TARGETS = {
+    "sm_80": Target("A100", 2048, 32, 164 * 1024),
+    "sm_86": Target("RTX 30", 1536, 16, 100 * 1024),
+    "sm_89": Target("RTX 40, L4", 1536, 24, 100 * 1024),
+    "sm_90": Target("H100, H200", 2048, 32, 228 * 1024),
+    "sm_100": Target("B200", 2048, 32, 228 * 1024),
+    "sm_120": Target("RTX 50", 1536, 24, 100 * 1024),
+}
+REGISTERS = 65536
+LEAST_OCCUPANCY = 0.25
+#: Kernels, as regular expressions, that an SM holds fewer of than LEAST_OCCUPANCY or their __launch_bounds__ ask for,
+#: and why that is right.
+FEW_THREADS = {
+    "adam_count_kernel": "one thread: the two factors of a step",
+    r"conv_halo_tile_kernel<HaloTile<\w+, 4, 1, 2, 2, 4, true>": "the whole filter of a 32-channel layer stays in the "
+    "block's shared memory: it saves more traffic through L2 than more warps would hide",
+}
+
+
+class Resources(NamedTuple):
+    """One kernel on one target."""
+
+    registers: int
+    spilled_bytes: int
+    stack_bytes: int
+    static_shared_bytes: int
+    threads: int  # of __launch_bounds__
+    blocks: int  # an SM must hold; 0 where the source does not say
+    instructions: int  # 0 without a disassembler
+    tensor_instructions: int
+
+    def occupancy(self, target: Target, threads: int, shared_bytes: int) -> float:
+        """Resident warps of those that an SM could hold."""
+        warps = -(-threads // 32)
+        by_registers = REGISTERS // (-(-self.registers * 32 // 256) * 256) // warps
+        by_shared = target.shared_bytes // (-(-(shared_bytes + self.static_shared_bytes) // 128) * 128 + 1024)
+        blocks = min(target.threads // (32 * warps), target.blocks, by_registers, by_shared)
+        return blocks * warps / (target.threads // 32)
+
+
+# ---- the compiler's word -------------------------------------------------------------------------
+
+
+def sources() -> list[Path]:
+    return sorted(CSRC.glob("*_cuda.cu"))
+
+
+def find_disassembler() -> str | None:
+    """nvdisasm of the PATH, or of PyPI's package."""
+    found = shutil.which("nvdisasm")
+    if found:
+        return found
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((str(file.locate()) for file in files if file.name == "nvdisasm"), None)
+
+
+def plain(name: str) -> str:
+    """A demangled kernel's name without what compilers spell differently: namespaces, its type, its parameters."""
+    name = re.sub(r"_GLOBAL__N__\w+::|\(anonymous namespace\)::|maskcore::|^void ", "", name)
+    depth = 0
+    for i, letter in enumerate(name):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0:
+            return name[:i].replace("> >", ">>")
+    return name.replace("> >", ">>")
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def _compiled(source: Path, target: str) -> Path:
+    """A folder with the cubin, the ptx and what ptxas said; made anew when csrc has changed."""
+    headers = b"".join(path.read_bytes() for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cuh")]))
+    key = hashlib.sha256(headers + source.read_bytes()).hexdigest()[:16]
+    folder = cuda_emulator.folder() / f"{source.stem}-{target}-{key}"
+    if not folder.exists():
+        number = target.removeprefix("sm_")
+        partial = Path(tempfile.mkdtemp(dir=cuda_emulator.folder()))
+        flags = [
+            "-std=c++20",
+            "-O3",
+            "--Werror",
+            "all-warnings",
+            "-Xptxas",
+            "-v",
+            "--keep",
+            "--keep-dir",
+            partial,
+        ]
+        generation = f"-gencode=arch=compute_{number},code={target}"
+        text = _run("nvcc", *flags, generation, "-cubin", source, "-o", partial / "kernels.cubin")
+        (partial / "ptxas.txt").write_text(text)
+        for path in partial.iterdir():
+            if path.suffix not in (".ptx", ".cubin", ".txt"):
+                path.unlink()
+        partial.rename(folder)
+    return folder
+
+
+def _ptxas(text: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """Mangled names and numbers of `ptxas -v`."""
+    numbers = {
+        "stack": r"(\d+) bytes stack frame",
+        "stores": r"(\d+) bytes spill stores",
+        "loads": r"(\d+) bytes spill loads",
+        "registers": r"Used (\d+) registers",
+        "shared": r"(\d+) bytes smem",
+    }
+    for part in text.split("Compiling entry function '")[1:]:
+        # What follows of a function that the kernel calls would count as the kernel's.
+        lines = part.splitlines()
+        own = "\n".join(line for line in lines[:3] if "Function properties" not in line) + "\n"
+        own += next((line for line in lines if "Used " in line), "")
+        matches = {name: re.search(pattern, own) for name, pattern in numbers.items()}
+        yield part.split("'")[0], {name: int(found[1]) if found else 0 for name, found in matches.items()}
+
+
+def _bounds(ptx: str) -> Iterator[tuple[str, int, int]]:
+    for entry in re.split(r"\.entry\s+", ptx)[1:]:
+        head = entry.partition("{")[0]
+        threads, blocks = re.search(r"\.maxntid (\d+)", head), re.search(r"\.minnctapersm (\d+)", head)
+        yield (
+            entry.partition("(")[0].strip(),
+            int(threads[1]) if threads else 0,
+            int(blocks[1]) if blocks else 0,
+        )
+
+
+def _instructions(cubin: Path) -> dict[str, tuple[int, int]]:
+    """Of each kernel: machine instructions, and those of them that the tensor cores execute."""
+    disassembler = find_disassembler()
+    if disassembler is None:
+        return {}
+    found: dict[str, tuple[int, int]] = {}
+    name = ""
+    for line in _run(disassembler, "-c", cubin).splitlines():
+        if line.startswith(".text."):
+            name = line.removeprefix(".text.").removesuffix(":")
+            found[name] = (0, 0)
+        operation = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", line)
+        if operation and operation[1] != "NOP":
+            all_, tensor = found[name]
+            found[name] = all_ + 1, tensor + (operation[1] in ("HMMA", "OMMA", "QMMA", "IMMA"))
+    return found
+
+
+@functools.cache
+def compiled(target: str) -> dict[str, Resources]:
+    """Every kernel of csrc on one target, by plain name."""
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda source: _compiled(source, target), sources()))
+    found: dict[str, Resources] = {}
+    for folder in folders:
+        ptx = "\n".join(path.read_text() for path in folder.glob("*.ptx"))
+        bounds = {name: rest for name, *rest in _bounds(ptx)}
+        counted = _instructions(folder / "kernels.cubin")
+        for mangled, said in _ptxas((folder / "ptxas.txt").read_text()):
+            found[plain(_run("c++filt", mangled).strip())] = Resources(
+                said["registers"],
+                said["stores"] + said["loads"],
+                said["stack"],
+                said["shared"],
+                *bounds[mangled],
+                *counted.get(mangled, (0, 0)),
+            )
+    return found
+
+
+# ---- the launchers' word -------------------------------------------------------------------------
+
+
+class ConvSize(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("N", "H", "W", "C", "K", "padding", "P", "Q")]
+
+
+class ConvCall(ctypes.Structure):
+    _fields_ = [
+        ("size", ConvSize),
+        ("dtype", ctypes.c_int),
+        ("precision", ctypes.c_int),
+        ("multiprocessors", ctypes.c_int),
+    ]
+
+
+class AdamTensor(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_size_t) for name in "pgmv"), ("size", ctypes.c_int64)]
+
+
+class AdamSettings(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("lr", "b1", "b2", "eps", "l2")),
+        ("keras", ctypes.c_bool),
+    ]
+
+
+#: N, H, W, C, K of convolutions: the final network's, at batch 32, and odd ones.
+CONVOLUTIONS = [
+    (32, 256, 256, 3, 32),
+    (32, 254, 254, 32, 32),
+    (32, 126, 126, 32, 64),
+    (32, 124, 124, 64, 64),
+    (32, 59, 59, 64, 128),
+    (32, 57, 57, 128, 128),
+    (32, 25, 25, 128, 256),
+    (32, 23, 23, 256, 256),
+    (2, 9, 9, 5, 7),
+    (2, 20, 20, 256, 32),
+    (2, 20, 20, 32, 256),
+    (1, 40, 40, 8, 16),
+]
+ADDRESS = 1 << 20
+#: (DataType, Precision) of csrc/conv_size.h
+TYPES = {"float32 ieee": (0, 0), "float32 tf32": (0, 1), "float32 bf16": (0, 2), "bfloat16": (1, 2)}
+
+
+def _launches() -> Iterator[Launched]:
+    x = ADDRESS
+    for file, calls in {
+        "max_pool_cuda.cu": [
+            (name, x, x, dtype, 2, 8, 8, C, x) if "backward" in name else (name, x, dtype, 2, 8, 8, C, x, x)
+            for name in ("launch_max_pool", "launch_max_pool_backward")
+            for dtype in (0, 1)
+            for C in (32, 3)
+        ],
+        "softmax_cross_entropy_cuda.cu": [
+            ("launch_softmax_cross_entropy", x, x, 2048, 3, x, x),
+            ("launch_softmax_cross_entropy_backward", x, x, x, 2048, 3, x),
+        ],
+        "adam_cuda.cu": [
+            (
+                "launch_adam_counted",
+                (AdamTensor * 1)(AdamTensor(x, x, x, x, 10**6)),
+                *(1, AdamSettings(1e-4, 0.9, 0.999, 1e-7, 0, True), x, x),
+            )
+        ],
+        "dropout_cuda.cu": [("launch_dropout", x, x, dtype, 10**6, 0.5, x) for dtype in (0, 1)],
+        "warp_cuda.cu": [
+            ("launch_warp", x, x, 32, 256, W, 0.0, 1 / 255, dtype, x) for dtype in (0, 1) for W in (256, 255)
+        ],
+    }.items():
+        library = cuda_emulator.build(file)
+        for name, *arguments in calls:
+            yield from library.record(name, *arguments)
+    yield from _conv_launches()
+
+
+def _conv_launches() -> Iterator[Launched]:
+    x = ADDRESS
+    forward = cuda_emulator.build("conv_relu_cuda.cu")
+    backward = cuda_emulator.build("conv_relu_backward_cuda.cu")
+    bn = cuda_emulator.build("conv_bn_relu_cuda.cu")
+    for N, H, W, C, K in CONVOLUTIONS:
+        for types in TYPES.values():
+            call = ConvCall(ConvSize(N, H, W, C, K, 0, H - 2, W - 2), *types, 132)
+            yield from forward.record("launch_conv_relu", call, *[x] * 5)
+            yield from forward.record("launch_conv_relu_max_pool", call, *[x] * 6)
+            yield from backward.record("launch_conv_relu_backward", call, *[x] * 8)
+            yield from backward.record("launch_conv_relu_max_pool_backward", call, *[x] * 9)
+            yield from bn.record("launch_conv_bn_relu_train", call, *[x] * 5, 1e-3, *[x] * 5)
+            yield from bn.record("launch_conv_bn_relu_train_backward", call, *[x] * 8, 1e-3, *[x] * 5)
+
+
+@functools.cache
+def launched() -> dict[str, tuple[int, int]]:
+    """Threads, and the most dynamic shared memory, that each kernel is launched with."""
+    found: dict[str, tuple[int, int]] = {}
+    for launch in _launches():
+        name = plain(launch.kernel)
+        threads, shared = found.get(name, (0, 0))
+        found[name] = max(threads, launch.threads), max(shared, launch.shared_bytes)
+    return found
+
+
+# ---- budgets and the table -----------------------------------------------------------------------
+
+
+def is_excused(kernel: str) -> bool:
+    return any(re.match(pattern, kernel) for pattern in FEW_THREADS)
+
+
+def problems(target: str) -> list[str]:
+    """Sentences about kernels that break their budgets."""
+    limits, found = TARGETS[target], []
+    for kernel, r in compiled(target).items():
+        if kernel not in launched():
+            found.append(f"{kernel}: no launcher was seen to launch it")
+            continue
+        threads, shared = launched()[kernel]
+        occupancy = r.occupancy(limits, threads, shared)
+        if r.spilled_bytes or r.stack_bytes:
+            found.append(f"{kernel}: {r.spilled_bytes} bytes spilled, {r.stack_bytes} of stack")
+        if r.threads == 0:
+            found.append(f"{kernel}: has no __launch_bounds__")
+        elif threads > r.threads:
+            found.append(f"{kernel}: launched with {threads} threads, bound to {r.threads}")
+        elif (
+            r.blocks
+            and not is_excused(kernel)
+            and occupancy < min(r.blocks * -(-r.threads // 32) / (limits.threads // 32), 1)
+        ):
+            held = occupancy * limits.threads / threads
+            found.append(
+                f"{kernel}: an SM holds {held:g} blocks, not {r.blocks} ({shared} bytes of shared memory)"
+            )
+        if occupancy < LEAST_OCCUPANCY and not is_excused(kernel):
+            found.append(f"{kernel}: occupancy {occupancy:.0%}, without a reason in FEW_THREADS")
+    return [f"{target}, {sentence}" for sentence in found]
+
+
+def rows(targets: Sequence[str]) -> Iterator[str]:
+    yield "| kernel | threads | shared memory | " + " | ".join(targets) + " |"
+    yield "| --- | ---: | ---: |" + " --- |" * len(targets)
+    for kernel in sorted(compiled(targets[0])):
+        threads, shared = launched().get(kernel, (0, 0))
+        cells = []
+        for target in targets:
+            r = compiled(target)[kernel]
+            share = f", {r.tensor_instructions / r.instructions:.0%}" if r.tensor_instructions else ""
+            spills = f" **{r.spilled_bytes} spilled**" if r.spilled_bytes else ""
+            occupancy = r.occupancy(TARGETS[target], threads, shared) if threads else 0
+            cells.append(f"{r.registers}, {occupancy:.0%}{share}{spills}")
+        static = compiled(targets[0])[kernel].static_shared_bytes
+        yield f"| `{kernel}` | {threads} | {shared + static:,} | {' | '.join(cells)} |"
+
+
+HEAD = """# What the CUDA kernels take of a multiprocessor
+
+Written by `python tests/cuda_resources.py`: nvcc {nvcc}, every kernel for every target. A cell is registers a thread,
+occupancy (resident warps of those that an SM can hold, by the published limits) and, where the kernel uses them,
+the share of the machine's instructions that the tensor cores execute (HMMA, of all in the kernel's text, prologue and
+epilogue included). Bytes spilled would stand behind them: there are {spilled}. Threads and shared memory (static and
+dynamic, in bytes, the most of the network's layers) are those of the launchers.
+
+`tests/test_cuda_resources.py` holds every kernel to the budget in its `__launch_bounds__(threads, blocks)`: no spills,
+and so many blocks on each target's SM. Nothing here is measured on a GPU.
+
+"""
+REASONS = """
+Kernels under {least:.0%} occupancy, with the reason:
+
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    targets = list(arguments) or list(TARGETS)
+    table = "\n".join(rows(targets)) + "\n"
+    found = [sentence for target in targets for sentence in problems(target)]
+    if arguments:
+        print(table)
+    else:
+        version = _run("nvcc", "--version").partition("release ")[2].partition(",")[0]
+        spilled = sum(r.spilled_bytes for target in targets for r in compiled(target).values())
+        text = (
+            HEAD.format(nvcc=version, spilled=spilled or "none")
+            + table
+            + REASONS.format(least=LEAST_OCCUPANCY)
+        )
+        TABLE.write_text(text + "".join(f"- `{name}`: {why}\n" for name, why in FEW_THREADS.items()))
+    for sentence in found:
+        print(sentence, file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,376 @@
+"""The CUDA convolutions' own sources, run on the host: every launcher, precision, epilogue and prologue.
+
+Two kinds of tests. With small whole numbers every sum is exact in every precision, so that results are compared
+for equality: indices, borders, tails, ties. With random numbers the reference is float64 on operands that are
+rounded as the precision rounds them (to 10 mantissa bits for tf32, 7 for bf16), so that what remains is the
+rounding of float32 sums, whatever the precision.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import NamedTuple
+
+import cuda_emulator
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cuda_emulator import Output, Workspace
+from torch import Tensor
+
+EPS32 = torch.finfo(torch.float32).eps
+MULTIPROCESSORS = 2  # few, so that a resident filter serves several tiles
+
+pytestmark = pytest.mark.skipif(not cuda_emulator.has_compiler(), reason="there is no C++ compiler")
+
+
+class Kind(NamedTuple):
+    """A tensors' type and how it is multiplied."""
+
+    dtype: torch.dtype
+    precision: str
+    mantissa: int  # bits of the operands
+
+    def round(self, x: Tensor) -> Tensor:
+        """To the operands' mantissa: to nearest, ties to even in bf16, away from zero in tf32."""
+        if self.precision == "bf16":
+            return x.bfloat16().to(x.dtype)
+        if self.precision == "tf32":
+            bits = x.float().view(torch.int32)
+            return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype)
+        return x
+
+
+KINDS = {
+    "ieee": Kind(torch.float32, "ieee", 23),
+    "tf32": Kind(torch.float32, "tf32", 10),
+    "fp32-bf16": Kind(torch.float32, "bf16", 7),
+    "bf16": Kind(torch.bfloat16, "bf16", 7),
+}
+PRECISIONS = ["ieee", "tf32", "bf16"]
+
+
+class Size(NamedTuple):
+    N: int
+    H: int
+    W: int
+    C: int
+    K: int
+    padding: int
+
+    def __str__(self) -> str:
+        return f"N{self.N}_{self.H}x{self.W}_C{self.C}_K{self.K}_p{self.padding}"
+
+    @property
+    def P(self) -> int:
+        return self.H + 2 * self.padding - 2
+
+    @property
+    def Q(self) -> int:
+        return self.W + 2 * self.padding - 2
+
+
+# Tiles are 128 pixels by 32, 64 or 128 output channels; slabs 16 float32 or 32 bfloat16 channels; the weight
+# gradient's tiles are 80 or 40 pixels by 32 or 64 output and 32 input channels.
+SIZES = [
+    Size(1, 3, 3, 1, 1, 0),  # one output
+    Size(2, 1, 1, 5, 3, 1),  # one pixel, all border
+    Size(3, 7, 5, 3, 32, 0),  # first layer; a tile with three images
+    Size(1, 19, 21, 8, 33, 1),  # several tiles; one channel in a second block of the middle tile
+    Size(2, 12, 12, 32, 32, 0),  # resident filter, full slabs
+    Size(2, 9, 18, 40, 65, 1),  # a wide tile with one channel over half, slabs with tails
+    Size(1, 6, 5, 100, 130, 0),  # two wide tiles, many slabs, unaligned in bf16
+    Size(1, 10, 40, 16, 24, 1),  # wide image
+    Size(1, 40, 4, 17, 7, 0),  # tall image, odd channels
+]
+IDS = list(map(str, SIZES))
+
+
+@pytest.fixture(scope="module")
+def forward() -> cuda_emulator.Kernels:
+    return cuda_emulator.build("conv_relu_cuda.cu")
+
+
+@pytest.fixture(scope="module")
+def backward() -> cuda_emulator.Kernels:
+    return cuda_emulator.build("conv_relu_backward_cuda.cu")
+
+
+@pytest.fixture(scope="module")
+def batch_norm() -> cuda_emulator.Kernels:
+    return cuda_emulator.build("conv_bn_relu_cuda.cu")
+
+
+CALL = np.dtype(
+    [(name, np.int64) for name in ("N", "H", "W", "C", "K", "padding", "P", "Q")]
+    + [(name, np.int32) for name in ("dtype", "precision", "multiprocessors", "_")]
+)
+
+
+def conv_call(s: Size, kind: Kind) -> np.ndarray:
+    """A ConvCall of csrc/conv_size.h."""
+    dtype = [torch.float32, torch.bfloat16].index(kind.dtype)
+    return np.array([(*s, s.P, s.Q, dtype, PRECISIONS.index(kind.precision), MULTIPROCESSORS, 0)], CALL)
+
+
+def workspace(kernels: cuda_emulator.Kernels, name: str, call: np.ndarray) -> Workspace:
+    function = kernels.library[kernels.launchers[name][0].symbol]
+    function.restype = ctypes.c_int64
+    size = function(ctypes.c_void_p(call.ctypes.data))
+    # The emulator wants 16 bytes aligned memory, the launchers 256.
+    memory = torch.empty(size // 4 + 64, dtype=torch.float32)
+    skipped = -memory.data_ptr() % 256 // 4
+    return Workspace(memory[skipped : skipped + size // 4])
+
+
+def whole(*shape: int, largest: int = 3) -> Tensor:
+    return torch.randint(-largest, largest + 1, shape).double()
+
+
+def nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def close(ours: Tensor, exact: Tensor, terms: int, name: str, magnitude: float = 0.0) -> None:
+    """float32 sums of ``terms`` numbers: sqrt(terms) eps of the largest, as conftest.py derives, and, of a
+    bfloat16 tensor, the rounding to 8 bits."""
+    assert ours.shape == exact.shape, f"{name}: {ours.shape}, reference {exact.shape}"
+    if exact.numel() == 0:
+        return
+    limit = 2 * math.sqrt(terms) * EPS32 * max(float(exact.abs().max()), magnitude)
+    stored = 2.0**-8 * exact.abs() if ours.dtype == torch.bfloat16 else 0.0
+    excess = float(((ours.double() - exact).abs() - stored).max())
+    assert excess <= limit, f"{name}: error {excess:.3g} > {limit:.3g}"
+
+
+def equal(ours: Tensor, exact: Tensor, name: str) -> None:
+    expected = exact.to(ours.dtype)
+    assert ours.shape == expected.shape, f"{name}: {ours.shape}, reference {expected.shape}"
+    wrong = (ours != expected).nonzero()
+    assert len(wrong) == 0, f"{name}: {len(wrong)} of {ours.numel()} differ, first at {wrong[0].tolist()}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("s", SIZES, ids=IDS)
+def test_conv_relu_whole_numbers(forward: cuda_emulator.Kernels, s: Size, kind: str) -> None:
+    k = KINDS[kind]
+    x, weight, bias = whole(s.N, s.H, s.W, s.C), whole(s.K, s.C, 3, 3), whole(s.K)
+    y = torch.empty(s.N, s.P, s.Q, s.K, dtype=k.dtype)
+    call = conv_call(s, k)
+    room = workspace(forward, "conv_relu_workspace_bytes", call)
+    forward.run("launch_conv_relu", call, x.to(k.dtype), weight.float(), bias.float(), Output(y), room)
+    equal(y, nhwc(F.relu(F.conv2d(nchw(x), weight, bias, padding=s.padding))), "y")
+
+
+def windows(P: int, Q: int, s: Size, k: Kind) -> tuple[Tensor, Tensor]:
+    """A pooled gradient's y and argmax."""
+    y = F.relu(whole(s.N, P // 2, Q // 2, s.K)).to(k.dtype)
+    return y, torch.randint(0, 4, y.shape, dtype=torch.uint8)
+
+
+def unpool(g: Tensor, argmax: Tensor, P: int, Q: int) -> Tensor:
+    """g [N,P/2,Q/2,K] at the places of argmax in [N,P,Q,K]."""
+    out = torch.zeros(g.shape[0], P, Q, g.shape[3], dtype=g.dtype)
+    for place in range(4):
+        rows = out[:, place // 2 : P // 2 * 2 : 2, place % 2 : Q // 2 * 2 : 2]
+        rows[:] = torch.where(argmax == place, g, 0.0)
+    return out
+
+
+def gradients(g: Tensor, x: Tensor, weight: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+    """dx [N,H,W,C] and dweight [K,C,3,3] of the gradient g [N,P,Q,K] at the convolution's output."""
+    x_nchw, w = nchw(x).requires_grad_(), weight.clone().requires_grad_()
+    dx, dweight = torch.autograd.grad(F.conv2d(x_nchw, w, padding=padding), (x_nchw, w), nchw(g))
+    return nhwc(dx), dweight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("s", SIZES, ids=IDS)
+def test_conv_relu_max_pool_whole_numbers(forward: cuda_emulator.Kernels, s: Size, kind: str) -> None:
+    """Many ties: the first maximum is the one that counts."""
+    k = KINDS[kind]
+    x, weight, bias = whole(s.N, s.H, s.W, s.C, largest=1), whole(s.K, s.C, 3, 3, largest=1), whole(s.K)
+    y = torch.empty(s.N, s.P // 2, s.Q // 2, s.K, dtype=k.dtype)
+    argmax = torch.empty(y.shape, dtype=torch.uint8)
+    call = conv_call(s, k)
+    room = workspace(forward, "conv_relu_workspace_bytes", call)
+    memory = (call, x.to(k.dtype), weight.float(), bias.float())
+    forward.run("launch_conv_relu_max_pool", *memory, Output(y), Output(argmax), room)
+    if y.numel() == 0:
+        return
+    full = F.relu(F.conv2d(nchw(x), weight, bias, padding=s.padding))
+    exact, places = F.max_pool2d(full, 2, return_indices=True)
+    equal(y, nhwc(exact), "y")
+    equal(argmax, nhwc(places // s.Q % 2 * 2 + places % s.Q % 2), "argmax")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("s", SIZES, ids=IDS)
+def test_conv_relu_backward_whole_numbers(backward: cuda_emulator.Kernels, s: Size, kind: str) -> None:
+    k = KINDS[kind]
+    x, weight = whole(s.N, s.H, s.W, s.C), whole(s.K, s.C, 3, 3)
+    dy, y = whole(s.N, s.P, s.Q, s.K), F.relu(whole(s.N, s.P, s.Q, s.K))
+    dx, dweight, dbias = torch.empty(x.shape, dtype=k.dtype), torch.empty(weight.shape), torch.empty(s.K)
+    call = conv_call(s, k)
+    room = workspace(backward, "conv_relu_backward_workspace_bytes", call)
+    memory = (call, dy.to(k.dtype), x.to(k.dtype), weight.float(), y.to(k.dtype))
+    backward.run("launch_conv_relu_backward", *memory, Output(dx), Output(dweight), Output(dbias), room)
+    g = torch.where(y > 0, dy, 0.0)
+    dx_exact, dweight_exact = gradients(g, x, weight, s.padding)
+    equal(dx, dx_exact, "dx")
+    equal(dweight, dweight_exact, "dweight")
+    equal(dbias, g.sum((0, 1, 2)), "dbias")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("s", SIZES, ids=IDS)
+def test_conv_relu_max_pool_backward_whole_numbers(
+    backward: cuda_emulator.Kernels, s: Size, kind: str
+) -> None:
+    k = KINDS[kind]
+    x, weight = whole(s.N, s.H, s.W, s.C), whole(s.K, s.C, 3, 3)
+    y, argmax = windows(s.P, s.Q, s, k)
+    dy = whole(*y.shape)
+    dweight, dbias = torch.empty(weight.shape), torch.empty(s.K)
+    dx = torch.empty(x.shape, dtype=k.dtype)
+    call = conv_call(s, k)
+    room = workspace(backward, "conv_relu_backward_workspace_bytes", call)
+    memory = (call, dy.to(k.dtype), x.to(k.dtype), weight.float(), y, argmax)
+    results = (Output(dx), Output(dweight), Output(dbias))
+    backward.run("launch_conv_relu_max_pool_backward", *memory, *results, room)
+    g = unpool(torch.where(y > 0, dy, 0.0), argmax, s.P, s.Q)
+    dx_exact, dweight_exact = gradients(g, x, weight, s.padding)
+    equal(dx, dx_exact, "dx")
+    equal(dweight, dweight_exact, "dweight")
+    equal(dbias, g.sum((0, 1, 2)), "dbias")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("s", [SIZES[3], SIZES[5], SIZES[7]], ids=str)
+def test_random_numbers(
+    forward: cuda_emulator.Kernels, backward: cuda_emulator.Kernels, s: Size, kind: str
+) -> None:
+    """What is left besides the operands' rounding is that of float32 sums."""
+    k = KINDS[kind]
+    x = torch.randn(s.N, s.H, s.W, s.C).to(k.dtype)
+    weight, bias = torch.randn(s.K, s.C, 3, 3) / math.sqrt(9 * s.C), torch.randn(s.K)
+    y = torch.empty(s.N, s.P, s.Q, s.K, dtype=k.dtype)
+    call = conv_call(s, k)
+    room = workspace(forward, "conv_relu_workspace_bytes", call)
+    forward.run("launch_conv_relu", call, x, weight, bias, Output(y), room)
+    rounded_x, rounded_weight = k.round(x.double()), k.round(weight.double())
+    full = F.relu(F.conv2d(nchw(rounded_x), rounded_weight, bias.double(), padding=s.padding))
+    close(y, nhwc(full), 9 * s.C, "y")
+
+    dy = torch.randn(y.shape).to(k.dtype)
+    dx, dweight, dbias = torch.empty(x.shape, dtype=k.dtype), torch.empty(weight.shape), torch.empty(s.K)
+    room = workspace(backward, "conv_relu_backward_workspace_bytes", call)
+    memory = (call, dy, x, weight, y)
+    backward.run("launch_conv_relu_backward", *memory, Output(dx), Output(dweight), Output(dbias), room)
+    g = torch.where(y > 0, dy.double(), 0.0)
+    dx_exact, dweight_exact = gradients(k.round(g), rounded_x, rounded_weight, s.padding)
+    close(dx, dx_exact, 9 * s.K, "dx")
+    close(dweight, dweight_exact, s.N * s.P * s.Q, "dweight")
+    close(dbias, g.sum((0, 1, 2)), s.N * s.P * s.Q, "dbias")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("s", [SIZES[1], *SIZES[3:6], SIZES[8]], ids=str)
+def test_conv_bn_relu_train(batch_norm: cuda_emulator.Kernels, s: Size, kind: str) -> None:
+    """The mean is large against the deviation; one channel is constant."""
+    k, eps = KINDS[kind], 1e-3
+    x = (torch.randn(s.N, s.H, s.W, s.C) + 1.0).to(k.dtype)
+    weight, bias = torch.randn(s.K, s.C, 3, 3) / math.sqrt(9 * s.C), 10 * torch.randn(s.K)
+    weight[0] = 0.0
+    gamma, beta = torch.randn(s.K), torch.randn(s.K)
+    y = torch.empty(s.N, s.P, s.Q, s.K, dtype=k.dtype)
+    z, mean, var = torch.empty_like(y), torch.empty(s.K), torch.empty(s.K)
+    call = conv_call(s, k)
+    room = workspace(batch_norm, "conv_bn_relu_train_workspace_bytes", call)
+    results = (Output(y), Output(z), Output(mean), Output(var))
+    batch_norm.run("launch_conv_bn_relu_train", call, x, weight, bias, gamma, beta, eps, *results, room)
+    rounded_x, rounded_weight = k.round(x.double()), k.round(weight.double())
+    z_exact = nhwc(F.conv2d(nchw(rounded_x), rounded_weight, bias.double(), padding=s.padding))
+    var_exact, mean_exact = torch.var_mean(z_exact, (0, 1, 2), correction=0)
+    close(z, z_exact, 9 * s.C, "z")
+    largest = float(z_exact.abs().max())
+    close(mean, mean_exact, 9 * s.C, "mean")
+    # An error e of each z, the same for all at worst, changes a deviation by e and the variance by twice that.
+    deviation = float((z_exact - mean_exact).abs().max())
+    close(var, var_exact, 9 * s.C, "var", magnitude=deviation * (deviation + largest))
+    scale = gamma.double() / (var.double() + eps).sqrt()
+    y_exact = F.relu(scale * (z.double() - mean.double()) + beta.double())
+    close(y, y_exact, 4, "y")
+
+    dy = torch.randn(y.shape).to(k.dtype)
+    dx, dweight = torch.empty(x.shape, dtype=k.dtype), torch.empty(weight.shape)
+    dgamma, dbeta = torch.empty(s.K), torch.empty(s.K)
+    room = workspace(batch_norm, "conv_bn_relu_train_backward_workspace_bytes", call)
+    memory = (call, dy, x, weight, z, gamma, beta, mean, var, eps)
+    results = (Output(dx), Output(dweight), Output(dgamma), Output(dbeta))
+    batch_norm.run("launch_conv_bn_relu_train_backward", *memory, *results, room)
+    pixels = s.N * s.P * s.Q
+    inv_std = 1.0 / (var.double() + eps).sqrt()
+    zhat = (z.double() - mean.double()) * inv_std
+    # The forward pass' own formula in float32 decides where the ReLU cuts.
+    centred = (z.float() - mean).double()
+    kept = (scale.float().double() * centred + beta.double()).float() > 0
+    g = torch.where(kept, dy.double(), 0.0)
+    sum_g, sum_g_zhat = g.sum((0, 1, 2)), (g * zhat).sum((0, 1, 2))
+    close(dbeta, sum_g, pixels, "dbeta")
+    close(dgamma, sum_g_zhat, pixels, "dgamma", magnitude=float((g * zhat).abs().max()))
+    dz = scale * (g - sum_g / pixels - zhat * sum_g_zhat / pixels)
+    dx_exact, dweight_exact = gradients(dz, rounded_x, rounded_weight, s.padding)
+    # dz is rounded after it was computed in float32, where it may fall to the other side of a tie: so the
+    # operand's rounding is in the bound here. Of random terms' sum it is 2^-(mantissa + 1) of their root sum of
+    # squares at most, of the largest of these; six standard deviations of 1 / sqrt(3) of that.
+    unit = 2.0 ** -(k.mantissa + 1) * 6 / math.sqrt(3)
+    squares_dx, squares_dweight = gradients(
+        dz.square(), rounded_x.square(), rounded_weight.square(), s.padding
+    )
+    for name, ours, exact, squares, terms in (
+        ("dx", dx, dx_exact, squares_dx, 9 * s.K),
+        ("dweight", dweight, dweight_exact, squares_dweight, pixels),
+    ):
+        rounding = unit * float(squares.max().sqrt())
+        close(
+            ours,
+            exact,
+            terms,
+            name,
+            magnitude=rounding / (2 * math.sqrt(terms) * EPS32) + float(exact.abs().max()),
+        )
+
+
+@pytest.mark.parametrize("order", cuda_emulator.ORDERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bits_in_any_order(
+    backward: cuda_emulator.Kernels, batch_norm: cuda_emulator.Kernels, kind: str, order: cuda_emulator.Order
+) -> None:
+    """Threads and blocks run in another order: nothing that they share is unprotected, every sum is the same."""
+    s, k = Size(2, 12, 21, 33, 34, 1), KINDS[kind]
+    x, weight = torch.randn(s.N, s.H, s.W, s.C).to(k.dtype), torch.randn(s.K, s.C, 3, 3)
+    dy, y = torch.randn(2, s.N, s.P, s.Q, s.K).to(k.dtype)
+    call = conv_call(s, k)
+    room = workspace(backward, "conv_relu_backward_workspace_bytes", call)
+    found = []
+    for used in ("forward", order):
+        dx, dweight, dbias = torch.empty(x.shape, dtype=k.dtype), torch.empty(weight.shape), torch.empty(s.K)
+        results = (Output(dx), Output(dweight), Output(dbias))
+        backward.run("launch_conv_relu_backward", call, dy, x, weight, y, *results, room, order=used, seed=3)
+        z, mean, var = torch.empty_like(y), torch.empty(s.K), torch.empty(s.K)
+        results = (Output(torch.empty_like(y)), Output(z), Output(mean), Output(var))
+        vectors = (torch.zeros(s.K), torch.ones(s.K), torch.zeros(s.K), 1e-3)
+        space = workspace(batch_norm, "conv_bn_relu_train_workspace_bytes", call)
+        batch_norm.run(
+            "launch_conv_bn_relu_train", call, x, weight, *vectors, *results, space, order=used, seed=3
+        )
+        found.append((dx, dweight, dbias, z, mean, var))
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)

@@ -1,0 +1,256 @@
+"""The CUDA operators on the GPUs that are there: values, gradients, errors, graphs. Skipped, with the reason, where
+there is none; the kernels' own sources are run on the emulator in the other test_cuda files in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import maskcore
+from maskcore import models, ops, optim
+from maskcore.cuda_graph import Cuda, GraphStep
+from maskcore.data import StoredBatch
+
+STATE = str(maskcore.config()["CUDA"])
+USABLE = torch.cuda.is_available() and torch.cuda.get_device_name() == STATE
+DEVICES = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if USABLE else ["cuda:0"]
+pytestmark = [
+    pytest.mark.skipif(not USABLE, reason=f"needs a GPU: maskcore's CUDA kernels are {STATE}"),
+    pytest.mark.parametrize("device", DEVICES),
+]
+
+# Largest error over the result's norm: a sum of n products whose operands are rounded by r is off by about r.
+TOLERANCE = {"ieee": 2e-6, "tf32": 1e-3, "bf16": 1e-2}
+# N, H, W, C, K: the first layer, halo tiles, whole tiles, tails in everything.
+CONVOLUTIONS = [
+    (2, 20, 22, 3, 32),
+    (2, 18, 34, 32, 32),
+    (1, 30, 14, 64, 128),
+    (3, 11, 9, 128, 256),
+    (2, 9, 7, 5, 11),
+]
+#: precision, dtype of the activations
+KINDS = [
+    ("ieee", torch.float32),
+    ("tf32", torch.float32),
+    ("bf16", torch.float32),
+    ("bf16", torch.bfloat16),
+]
+
+
+def image(*shape: int) -> Tensor:
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+def assert_close(ours: Tensor, exact: Tensor, tolerance: float, name: str) -> None:
+    assert ours.shape == exact.shape, name
+    error = (ours.double().cpu() - exact.double().cpu()).norm() / exact.double().norm().cpu().clamp_min(1e-30)
+    assert float(error) <= tolerance, f"{name}: {float(error):.2e} > {tolerance:.0e}"
+
+
+def check_gradients(
+    ours: Callable[..., Any], exact: Callable[..., Any], operands: list[Tensor], device: str, kind: Any
+) -> None:
+    """Both passes against float64 on the CPU; the activation is operand 0."""
+    precision, dtype = kind
+    given = [t.to(dtype if i == 0 else t.dtype).to(device).requires_grad_() for i, t in enumerate(operands)]
+    reference = [t.detach().double().cpu().requires_grad_() for t in given]
+    y, expected = ours(*given), exact(*reference)
+    # Where the ReLU's or the pool's choice may hang on rounding, gradients cannot be compared: none goes there.
+    dy = torch.randn(expected.shape, dtype=torch.float64)
+    dy[expected.detach().abs() < 0.1 * expected.detach().abs().max()] = 0
+    dy = dy.to(dtype).double()
+    y.backward(dy.to(dtype).to(device).to(memory_format=torch.channels_last))
+    expected.backward(dy)
+    assert y.dtype == dtype
+    assert_close(y.detach(), expected.detach(), TOLERANCE[precision], "y")
+    for i, (mine, theirs) in enumerate(zip(given, reference, strict=True)):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert mine.grad.dtype == mine.dtype
+        assert_close(mine.grad, theirs.grad, 4 * TOLERANCE[precision], f"gradient {i}")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("op", ["conv_relu", "conv_relu_max_pool"])
+def test_convolutions(device: str, op: str, shape: tuple[int, ...], padding: int, kind: Any) -> None:
+    N, H, W, C, K = shape
+    operands = [image(N, C, H, W), torch.randn(K, C, 3, 3) / (3 * C**0.5), torch.randn(K)]
+    check_gradients(
+        lambda x, w, b: getattr(ops, op)(x, w, b, padding, precision=kind[0]),
+        lambda x, w, b: getattr(ops, f"{op}_reference")(x, w, b, padding),
+        operands,
+        device,
+        kind,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_conv_bn_relu_train(device: str, shape: tuple[int, ...], kind: Any) -> None:
+    N, H, W, C, K = shape
+    operands = [
+        image(N, C, H, W),
+        torch.randn(K, C, 3, 3) / (3 * C**0.5),
+        torch.rand(K) + 0.5,
+        torch.randn(K),
+    ]
+    check_gradients(
+        lambda x, w, gamma, beta: ops.conv_bn_relu_train(
+            x, w, torch.zeros(K, device=device), gamma, beta, precision=kind[0]
+        )[0],
+        lambda x, w, gamma, beta: ops.conv_bn_relu_train_reference(
+            x, w, torch.zeros(K, dtype=torch.float64), gamma, beta
+        )[0],
+        operands,
+        device,
+        kind,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 32, 9, 12), (1, 5, 4, 4)], ids=str)
+def test_max_pool(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = image(*shape).to(dtype)
+    ours, cpu = x.to(device).requires_grad_(), x.float().requires_grad_()
+    y, expected = ops.max_pool(ours), ops.max_pool(cpu)
+    dy = torch.randn(expected.shape).to(dtype)
+    y.backward(dy.to(device))
+    expected.backward(dy.float())
+    assert torch.equal(y.cpu().float(), expected)
+    assert ours.grad is not None
+    assert torch.equal(ours.grad.cpu().float(), cpu.grad)
+
+
+def test_softmax_cross_entropy(device: str) -> None:
+    logits, target = torch.randn(37, 3), torch.randint(0, 3, (37,))
+    ours, cpu = logits.to(device).requires_grad_(), logits.clone().requires_grad_()
+    losses = ops.softmax_cross_entropy(ours, target.to(device)), ops.softmax_cross_entropy(cpu, target)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[0].cpu(), losses[1])
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad.cpu(), cpu.grad)
+
+
+def test_dropout_drops_what_the_cpu_drops(device: str) -> None:
+    x, seed = torch.rand(3, 1001) + 0.5, torch.tensor([-17])
+    y = ops.dropout(x.to(device), seed.to(device), 0.3)
+    assert torch.equal(y.cpu(), ops.dropout(x, seed, 0.3))
+
+
+def test_warp_is_the_cpu_to_the_bit(device: str) -> None:
+    pictures = torch.randint(0, 256, (4, 33, 47, 3), dtype=torch.uint8)
+    matrices = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]).double() + 0.1 * torch.randn(4, 6).double()
+    ours = ops.warp(pictures.to(device), matrices.to(device), 3.0)
+    assert torch.equal(ours.cpu(), ops.warp(pictures, matrices, 3.0))
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_adam(device: str, counted: bool) -> None:
+    shapes = [(512, 300), (7,), (32, 3, 3, 3)]
+    cpu = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    ours = [torch.nn.Parameter(p.detach().to(device)) for p in cpu]
+    both = optim.Adam(cpu, lr=1e-2, l2=1e-3), optim.Adam(ours, lr=1e-2, l2=1e-3)
+    if counted:
+        both[1].count_on_device()
+    for _ in range(3):
+        for p, q in zip(cpu, ours, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.to(device)
+        for optimizer in both:
+            optimizer.step()
+    for p, q in zip(cpu, ours, strict=True):
+        torch.testing.assert_close(q.detach().cpu(), p.detach(), rtol=1e-6, atol=1e-7)
+
+
+def small_run(device: str, precision: ops.Precision) -> tuple[models.Network, optim.Adam]:
+    network = models.create("final", image_size=140, precision=precision, seed=1).to(device).train()
+    return network, optim.Adam(network.parameter_groups(1e-4), lr=1e-4)
+
+
+def batches(counts: list[int]) -> list[StoredBatch]:
+    found = []
+    for number, n in enumerate(counts):
+        matrices = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]).double() + 0.01 * torch.randn(n, 6).double()
+        pictures = torch.randint(0, 256, (n, 140, 140, 3), dtype=torch.uint8)
+        found.append(StoredBatch(pictures, matrices, torch.randint(0, 3, (n,)), torch.arange(n), number))
+    return found
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
+def test_a_graph_replays_the_steps_that_it_captured(device: str, precision: ops.Precision) -> None:
+    """Captured twice, the same bits; not captured, the same but for cuBLAS' choices."""
+    given = batches([4, 4, 3, 4, 4])
+    results = []
+    for whole in (4, 4, 5):  # a step for 5 pictures captures nothing here
+        torch.manual_seed(3)
+        network, optimizer = small_run(device, precision)
+        with torch.cuda.device(device):
+            step = GraphStep(network, optimizer, Cuda(torch.device(device)), whole, fill=0)
+            torch.manual_seed(4)
+            for batch in given:
+                step(batch)
+            results.append((step.take_sums(), [p.detach().cpu() for p in network.parameters()]))
+    (sums, parameters), (again, same), (eager, close) = results
+    assert again == sums
+    assert all(map(torch.equal, same, parameters))
+    assert eager[0] == pytest.approx(sums[0], rel=1e-3)
+    for ours, theirs in zip(close, parameters, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
+
+
+def test_ten_steps_follow_the_cpu(device: str) -> None:
+    given = batches([2] * 10)
+    losses = []
+    for where in ("cpu", device):
+        network, optimizer = small_run(where, "ieee")
+        torch.manual_seed(4)
+        found = []
+        for batch in given:
+            images = ops.warp(batch.pictures.to(where), batch.matrices.to(where))
+            loss = ops.softmax_cross_entropy(network(images), batch.labels.to(where))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(float(loss))
+        losses.append(found)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_errors_name_the_argument(device: str) -> None:
+    x, weight, bias = (
+        torch.randn(1, 3, 8, 8, device=device),
+        torch.randn(4, 3, 3, 3, device=device),
+        torch.randn(4),
+    )
+    raw = torch.ops.maskcore.conv_relu
+    nhwc = x.permute(0, 2, 3, 1).contiguous()
+    with pytest.raises(RuntimeError, match=r"bias must be on the device of x"):
+        raw(nhwc, weight, bias, 0)
+    with pytest.raises(RuntimeError, match=r"x must be float32 or bfloat16"):
+        raw(nhwc.double(), weight, bias.to(device), 0)
+    with pytest.raises(RuntimeError, match=r"x must be contiguous"):
+        raw(x.permute(0, 2, 3, 1), weight, bias.to(device), 0)
+    with pytest.raises(RuntimeError, match=r"precision must be ieee, tf32 or bf16, is fp8"):
+        raw(nhwc, weight, bias.to(device), 0, None, "fp8")
+    with pytest.raises(RuntimeError, match=r"weight must have size 3 in dimension 1"):
+        raw(nhwc, torch.randn(4, 5, 3, 3, device=device), bias.to(device), 0)
+
+
+def test_a_stream_is_followed(device: str) -> None:
+    x = torch.rand(64, 1024, device=device)
+    seed = torch.tensor([5], device=device)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        y = ops.dropout(x * 2, seed, 0.5)
+    stream.synchronize()
+    assert torch.equal(y, ops.dropout(x * 2, seed, 0.5))

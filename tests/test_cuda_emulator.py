@@ -1,0 +1,479 @@
+"""The emulator that proves the CUDA kernels: its instructions do what the PTX ISA says, its detectors detect."""
+
+from __future__ import annotations
+
+import re
+
+import cuda_emulator
+import numpy as np
+import pytest
+import torch
+from cuda_emulator import (
+    HERE,
+    ORDERS,
+    Fault,
+    Kernels,
+    LaunchError,
+    Order,
+    Output,
+    Replacement,
+    Traffic,
+    Workspace,
+    ptx_fragments,
+)
+from numpy.typing import NDArray
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(
+    not cuda_emulator.has_compiler(), reason="the emulator needs g++, addr2line and nm"
+)
+
+WARP = 32
+ELEMENTS = 256
+
+
+@pytest.fixture(scope="module")
+def instructions() -> Kernels:
+    return cuda_emulator.build(HERE / "instructions.cu")
+
+
+@pytest.fixture(scope="module")
+def seeded() -> Kernels:
+    return cuda_emulator.build(HERE / "seeded_faults.cu")
+
+
+# Instructions. ----------------------------------------------------------------------------------------------
+
+
+def fragments(matrix: NDArray[np.uint32], figure: ptx_fragments.Figure, elements: int) -> NDArray[np.uint32]:
+    """``[lane, element]``: what each lane holds of a matrix."""
+    held = np.zeros((WARP, elements), np.uint32)
+    for row, entries in enumerate(figure):
+        for column, (lane, element) in enumerate(entries):
+            held[lane, element] = matrix[row, column]
+    return held
+
+
+def pairs(elements: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Registers of two 16-bit elements each, the first one in the low half."""
+    return np.ascontiguousarray(elements[:, 0::2] | elements[:, 1::2] << np.uint32(16))
+
+
+def float_bits(x: NDArray[np.float32]) -> NDArray[np.uint32]:
+    return x.astype(np.float32).view(np.uint32)
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        ptx_fragments.MMA_M16N8K8_A,
+        ptx_fragments.MMA_M16N8K8_B,
+        ptx_fragments.MMA_M16N8_D,
+        ptx_fragments.MMA_M16N8K16_A,
+        ptx_fragments.MMA_M16N8K16_B,
+        ptx_fragments.LDMATRIX,
+        ptx_fragments.LDMATRIX_TRANS,
+    ],
+)
+def test_a_figure_has_every_element_once(figure: ptx_fragments.Figure) -> None:
+    entries = [entry for row in figure for entry in row]
+    each = len(entries) // WARP
+    assert sorted(entries) == [(lane, element) for lane in range(WARP) for element in range(each)]
+
+
+def test_the_figures_agree_with_the_formulas_beside_them() -> None:
+    """The document gives row and column of each element besides: these are its words for the A matrices."""
+    for row, entries in enumerate(ptx_fragments.MMA_M16N8K8_A):
+        for column, (lane, i) in enumerate(entries):
+            assert row == (lane >> 2 if i in (0, 2) else (lane >> 2) + 8)
+            assert column == (lane % 4 if i in (0, 1) else lane % 4 + 4)
+    for row, entries in enumerate(ptx_fragments.MMA_M16N8K16_A):
+        for column, (lane, i) in enumerate(entries):
+            assert row == (lane >> 2 if 0 <= i < 2 or 4 <= i < 6 else (lane >> 2) + 8)
+            assert column == (lane % 4 * 2 + (i & 1) if i < 4 else lane % 4 * 2 + (i & 1) + 8)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_mma_tf32(instructions: Kernels, order: Order) -> None:
+    rng = np.random.default_rng(0)
+    a, b, c = (rng.integers(-99, 100, shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8)))
+    d = fragments(float_bits(c), ptx_fragments.MMA_M16N8_D, 4)
+    # The 13 low bits of an operand are not looked at.
+    noise_a, noise_b = rng.integers(0, 1 << 13, (2, WARP, 4)).astype(np.uint32)
+    held_a = fragments(float_bits(a), ptx_fragments.MMA_M16N8K8_A, 4) | noise_a
+    held_b = fragments(float_bits(b), ptx_fragments.MMA_M16N8K8_B, 2) | noise_b[:, :2]
+    instructions.run("launch_mma_tf32", held_a, held_b, d, order=order)
+    np.testing.assert_array_equal(d, fragments(float_bits(a @ b + c), ptx_fragments.MMA_M16N8_D, 4))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_mma_bf16(instructions: Kernels, order: Order) -> None:
+    rng = np.random.default_rng(0)
+    a, b, c = (rng.integers(-99, 100, shape).astype(np.float32) for shape in ((16, 16), (16, 8), (16, 8)))
+    d = fragments(float_bits(c), ptx_fragments.MMA_M16N8_D, 4)
+    held_a = pairs(fragments(float_bits(a) >> np.uint32(16), ptx_fragments.MMA_M16N8K16_A, 8))
+    held_b = pairs(fragments(float_bits(b) >> np.uint32(16), ptx_fragments.MMA_M16N8K16_B, 4))
+    instructions.run("launch_mma_bf16", held_a, held_b, d, order=order)
+    np.testing.assert_array_equal(d, fragments(float_bits(a @ b + c), ptx_fragments.MMA_M16N8_D, 4))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("count", "transposed"), [(1, False), (2, False), (2, True), (4, False), (4, True)])
+def test_ldmatrix(instructions: Kernels, count: int, transposed: bool, order: Order) -> None:
+    matrices = np.arange(4 * 64, dtype=np.uint16).reshape(4, 8, 8) + 1000
+    r = np.zeros((WARP, count), np.uint32)
+    instructions.run("launch_ldmatrix", matrices, Output(r), count, transposed, order=order)
+    figure = ptx_fragments.LDMATRIX_TRANS if transposed else ptx_fragments.LDMATRIX
+    for j in range(count):
+        expected = pairs(fragments(matrices[j].astype(np.uint32), figure, 2))
+        np.testing.assert_array_equal(r[:, j], expected[:, 0])
+
+
+def test_ldmatrix_reads_rows_of_four_floats_as_tf32_fragments(instructions: Kernels) -> None:
+    """A 8 x 4 corner of the tf32 matrix A lies in the register that mma wants it in."""
+    corner = np.arange(32, dtype=np.float32).reshape(8, 4) + 0.5
+    matrices = np.concatenate([corner.view(np.uint16).reshape(1, 8, 8), np.zeros((3, 8, 8), np.uint16)])
+    r = np.zeros((WARP, 1), np.uint32)
+    instructions.run("launch_ldmatrix", matrices, Output(r), 1, False)
+    for row in range(8):
+        for column in range(4):
+            lane, register = ptx_fragments.MMA_M16N8K8_A[row][column]
+            assert register == 0
+            assert r[lane, 0] == corner[row, column : column + 1].view(np.uint32)[0]
+
+
+# What lane 0, 1, ... 31 gets, from the CUDA C++ guide's description of the four shuffles.
+SHUFFLES = [
+    ("index", 0, 5, 32, [5] * 32),
+    ("index past the width", 0, 9, 8, [1] * 8 + [9] * 8 + [17] * 8 + [25] * 8),
+    ("up", 1, 3, 32, [0, 1, 2, *range(29)]),
+    ("up", 1, 2, 4, [0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13,
+      16, 17, 16, 17, 20, 21, 20, 21, 24, 25, 24, 25, 28, 29, 28, 29]),
+    ("down", 2, 16, 32, [*range(16, 32), *range(16, 32)]),
+    ("down", 2, 1, 8, [1, 2, 3, 4, 5, 6, 7, 7, 9, 10, 11, 12, 13, 14, 15, 15,
+      17, 18, 19, 20, 21, 22, 23, 23, 25, 26, 27, 28, 29, 30, 31, 31]),
+    ("xor", 3, 1, 32, [1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14,
+      17, 16, 19, 18, 21, 20, 23, 22, 25, 24, 27, 26, 29, 28, 31, 30]),
+    ("xor", 3, 16, 32, [*range(16, 32), *range(16)]),
+    # From a later segment a lane gets its own value, an earlier one it may read.
+    ("xor past the width", 3, 8, 8, [*range(8), *range(8), *range(16, 24), *range(16, 24)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("name", "kind", "operand", "width", "expected"), SHUFFLES)
+def test_shuffles(
+    instructions: Kernels, name: str, kind: int, operand: int, width: int, expected: list[int], order: Order
+) -> None:
+    values = np.arange(WARP, dtype=np.int32) + 100
+    results = np.zeros(WARP, np.int32)
+    instructions.run("launch_shuffle", values, Output(results), kind, operand, width, order=order)
+    assert (results - 100).tolist() == expected
+    wide = values * 1e-300
+    wide_results = np.zeros(WARP)
+    instructions.run("launch_shuffle_64", wide, Output(wide_results), kind, operand, width, order=order)
+    np.testing.assert_array_equal(wide_results, wide[expected])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_votes(instructions: Kernels, order: Order) -> None:
+    votes = np.zeros(WARP, np.int32)
+    votes[[0, 3, 17, 31]] = 1, -1, 7, 1
+    results = np.zeros((WARP, 4), np.uint32)
+    instructions.run("launch_vote", votes, Output(results), order=order)
+    assert results.tolist() == [[0b1001, 0x80020009, 1, 0]] * 16 + [[0, 0x80020009, 1, 0]] * 16
+    for vote, any_of_them, all_of_them in ((0, 0, 0), (2, 1, 1)):
+        instructions.run("launch_vote", np.full(WARP, vote, np.int32), Output(results), order=order)
+        assert results[:, 2:].tolist() == [[any_of_them, all_of_them]] * 32
+
+
+def test_conversions(instructions: Kernels) -> None:
+    values = [1.0, -2.5, 0.0, 1e-42, float("inf"), float("-inf"), 3.4028235e38]
+    # Half of the last bit kept, a little less, a little more; with an even and an odd bit before it.
+    tf32 = {0x3F801000: 0x3F802000, 0x3F800FFF: 0x3F800000, 0x3F801001: 0x3F802000, 0x3F803000: 0x3F804000,
+            0xBF801000: 0xBF802000, 0x7F7FFFFF: 0x7F800000, 0x00000FFF: 0x00000000}  # fmt: skip
+    bf16 = {0x3F808000: 0x3F80, 0x3F807FFF: 0x3F80, 0x3F808001: 0x3F81, 0x3F818000: 0x3F82, 0xBF818000: 0xBF82,
+            0x7F7FFFFF: 0x7F80, 0x7FC00001: 0x7FFF}  # fmt: skip
+    bits = [*tf32, *bf16, *float_bits(np.array(values)).tolist()]
+    x = np.array(bits, np.uint32).view(np.float32)
+    n = len(x)
+    rounded, packed = np.zeros(n, np.uint32), np.zeros(n, np.uint32)
+    unpacked = np.zeros((n, 2), np.float32)
+    instructions.run("launch_convert", x, Output(rounded), Output(packed), Output(unpacked), n)
+    assert rounded[: len(tf32)].tolist() == list(tf32.values())
+    assert (packed & 0xFFFF)[len(tf32) : len(tf32) + len(bf16)].tolist() == list(bf16.values())
+    np.testing.assert_array_equal(packed >> 16, (packed & 0xFFFF)[::-1])
+    np.testing.assert_array_equal(unpacked[:, 0].view(np.uint32), packed << 16)
+    np.testing.assert_array_equal(unpacked[:, 1].view(np.uint32), packed & 0xFFFF0000)
+    finite = np.isfinite(x)
+    ours = torch.from_numpy(unpacked[finite, 0])
+    assert torch.equal(ours, torch.from_numpy(x[finite]).bfloat16().float())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("valid", range(8))
+def test_cp_async_copies_or_zeroes(instructions: Kernels, valid: int, order: Order) -> None:
+    x, y = torch.randn(64, 8), torch.empty(64, 7)
+    instructions.run("launch_cp_async", x, Output(y), valid, order=order)
+    parts = [x[:, 0:4] * (valid & 1), x[:, 4:6] * (valid >> 1 & 1), x[:, 6:7] * (valid >> 2 & 1)]
+    assert torch.equal(y, torch.cat(parts, 1) + 0.0)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_indices(instructions: Kernels, order: Order) -> None:
+    seen = np.zeros((2 * 3 * 2, 3 * 2 * 4, 6), np.int32)
+    instructions.run("launch_index", Output(seen), order=order)
+    blocks = [(x, y, z) for z in range(2) for y in range(3) for x in range(2)]
+    threads = [(x, y, z) for z in range(3) for y in range(2) for x in range(4)]
+    assert seen.tolist() == [[[*block, *thread] for thread in threads] for block in blocks]
+
+
+def sequence_of(instructions: Kernels, order: Order, seed: int = 0) -> list[int]:
+    sequence = np.zeros(256, np.int32)
+    instructions.run("launch_order", Output(sequence), np.zeros(1, np.int32), order=order, seed=seed)
+    assert sorted(sequence.tolist()) == sorted([*range(128), *range(128)])
+    return [int(thread) for thread in sequence]
+
+
+def test_orders_of_blocks_and_threads(instructions: Kernels) -> None:
+    """64 threads a block; each comes before and after its warp's barrier."""
+    forward = [*range(32), *range(32), *range(32, 64), *range(32, 64)]
+    assert sequence_of(instructions, "forward") == forward + [t + 64 for t in forward]
+    reverse = sequence_of(instructions, "reverse")
+    assert reverse == [127 - t for t in forward + [t + 64 for t in forward]]
+    interleaved = sequence_of(instructions, "interleaved")
+    assert interleaved[:4] == [95, 127, 94, 126]
+    random = sequence_of(instructions, "random", seed=1)
+    assert random == sequence_of(instructions, "random", seed=1)
+    assert random not in (sequence_of(instructions, "random", seed=2), forward)
+
+
+def test_constants_may_be_read(instructions: Kernels) -> None:
+    x, y = torch.ones(32), torch.empty(32)
+    instructions.run("launch_constants", x, Output(y))
+    assert y[:5].tolist() == [1.5, 2.5, 3.5, 4.5, 1.5]
+
+
+def test_a_launch_that_a_gpu_refuses(instructions: Kernels) -> None:
+    for launcher, error in (("launch_too_much_shared_memory", 1), ("launch_empty_grid", 9)):
+        with pytest.raises(LaunchError, match=f"{launcher} returned cudaError_t {error}"):
+            instructions.run(launcher, torch.zeros(1))
+
+
+def cost(traffic: list[Traffic], line: str) -> tuple[str, str, int, int, int]:
+    """The counts at the line of instructions.cu that has this text."""
+    lines = (HERE / "instructions.cu").read_text().splitlines()
+    (number,) = (i for i, text in enumerate(lines, 1) if line in text)
+    (found,) = (entry for entry in traffic if entry.place == f"instructions.cu:{number}")
+    return found[1:]
+
+
+@pytest.mark.parametrize(("stride", "conflicts"), [(1, 1), (2, 2), (8, 8), (32, 32), (33, 1)])
+def test_bank_conflicts_and_sectors_of_a_stride(instructions: Kernels, stride: int, conflicts: int) -> None:
+    """One warp, four bytes a lane: lanes meet in a bank where 32 divides the distance of their words."""
+    x, y = torch.randn(33 * 32), torch.empty(32)
+    traffic = instructions.run("launch_traffic", x, Output(y), stride, count_traffic=True)
+    sectors = {1: 4, 2: 8}.get(stride, 32)
+    assert cost(traffic, "const float mine = x[") == ("global", "reads", 1, sectors, 4)
+    assert cost(traffic, "s[lane * stride] = mine") == ("shared", "writes", 1, conflicts, 1)
+    assert cost(traffic, "sum += s[i * stride]") == ("shared", "reads", 3, 3, 3)
+    assert cost(traffic, "y[lane] = sum") == ("global", "writes", 1, 4, 4)
+
+
+@pytest.mark.parametrize(("pitch", "wavefronts"), [(16, 4), (128, 32), (144, 4), (64, 16), (80, 4)])
+def test_bank_conflicts_of_ldmatrix(instructions: Kernels, pitch: int, wavefronts: int) -> None:
+    """Eight rows of 16 bytes are free of conflicts where they fall into different eighths of 128 bytes."""
+    y = torch.empty(32)
+    traffic = instructions.run("launch_ldmatrix_traffic", Output(y), pitch, count_traffic=True)
+    assert cost(traffic, "ldmatrix_x4(r, s + lane * pitch)") == ("shared", "reads", 1, wavefronts, 4)
+    assert cost(traffic, "= make_float4(") == ("shared", "writes", 1, wavefronts, 4)
+
+
+def test_only_some_blocks_on_more_than_2_to_the_31_elements(instructions: Kernels) -> None:
+    """The last block of 2^25 + 1 copies the last 64 of 2^31 + 64 elements, and no memory is used but theirs."""
+    blocks = 2**25 + 1
+    x = cuda_emulator.sparse((blocks * 64,), "float32")
+    y = cuda_emulator.sparse((blocks * 64,), "float32")
+    x[-64:] = np.arange(64)
+    instructions.run("launch_copy", x, Output(y), blocks, only_blocks=[0, blocks - 1])
+    np.testing.assert_array_equal(y[-64:], np.arange(64))
+
+
+# Detectors. ---------------------------------------------------------------------------------------------------
+
+RACE_OR_NEVER_WRITTEN = "race: (reads|writes) .* with no barrier between|which nothing has written"
+
+# What the sentence must say of each kernel of seeded_faults.cu.
+SENTENCES = {
+    "no_barrier_after_writing": RACE_OR_NEVER_WRITTEN,
+    "no_barrier_before_the_next_tile": "race: (reads|writes) dynamic shared memory at byte .* no barrier between",
+    "no_warp_barrier": RACE_OR_NEVER_WRITTEN,
+    "shuffle_for_a_warp_barrier": "race: reads dynamic shared memory .* wrote with no barrier between",
+    "warp_barrier_for_a_barrier": RACE_OR_NEVER_WRITTEN,
+    "two_write_one_place": "race: writes static shared memory .* wrote with no barrier between",
+    "race_through_global_memory": RACE_OR_NEVER_WRITTEN,
+    "barrier_in_a_branch": r"barrier divergence: thread \(0,0,0\) waits at __syncthreads .*, .* has ended",
+    "two_different_barriers": "barrier divergence: waits at __syncthreads .* waits at __syncthreads",
+    "return_before_a_barrier": r"barrier divergence: .* waits at .*, thread \(50,0,0\) has ended",
+    "shuffle_in_a_branch": "warp divergence: .* waits at __shfl_xor_sync .*, .* has ended",
+    "masks_that_differ": "warp divergence: .* with mask 0xffffffff, .* with mask 0x0000ffff",
+    "mask_without_itself": "__ballot_sync with mask 0x0000ffff, in which its own lane .* is not",
+    "shuffle_from_outside_of_the_mask": "reads lane .*, which is not in the mask 0x0000ffff",
+    "mma_in_a_branch": "warp divergence: .* waits at mma.m16n8k8.tf32 .*, .* has ended",
+    "off_by_one_border": r"reads 4 bytes, 4 of them past the end of argument 0 .*, which has 1024 bytes",
+    "before_the_beginning": "reads 4 bytes, 4 of them before the beginning of argument 0",
+    "past_the_end_of_shared_memory": "writes 4 bytes at byte 256 of the block's 256 bytes of dynamic shared",
+    "past_the_end_of_a_local_array": "out of bounds: an index beyond an array",
+    "pointer_to_nowhere": "out of bounds: reads 4 bytes at 0x1.*, which is in no tensor",
+    "misaligned_vector": "misaligned: ",
+    "misaligned_vector_in_shared_memory": "misaligned: ",
+    "shared_memory_never_written": "reads dynamic shared memory at byte 80 of 1024, which nothing has written",
+    "static_shared_memory_never_written": "reads static shared memory .*, which nothing has written",
+    "global_memory_never_written": "reads argument 1 .*, which nothing has written",
+    "write_through_const": "writes argument 0 .*, which is const",
+    "output_left_out": "nothing wrote element 77 of argument 1 of .*, which is an output",
+    "overflow_of_an_index": "overflow of a signed product",
+    "overflow_in_the_launcher": "^in the launcher: overflow of a signed product",
+    "no_wait_group": "reads dynamic shared memory .*, which a cp.async of its own still owns",
+    "no_commit": "reads dynamic shared memory .*, which a cp.async of .* still owns",
+    "wait_group_for_one_too_few": "which a cp.async of its own still owns",
+    "no_barrier_after_wait_group": "race: reads .* wrote|which nothing has written|which a cp.async of thread",
+    "no_barrier_before_cp_async": "race: .* with no barrier between|which a cp.async of thread",
+    "write_under_cp_async": "writes dynamic shared memory .*, which a cp.async of its own still owns",
+    "misaligned_cp_async": "misaligned: reads 16 bytes of argument 0 .* not a multiple of 16",
+    "cp_async_past_the_end": "out of bounds: reads 16 bytes, 16 of them past the end of argument 0",
+    "end_with_cp_async_in_flight": "ends with 1 cp.async in flight",
+    "misaligned_ldmatrix": "misaligned: reads 16 bytes of dynamic shared memory .* not a multiple of 16",
+    "blocks_write_one_place": "race of blocks: writes argument 1 .* another block of this launch wrote",
+    "block_reads_what_another_wrote": "race of blocks|which nothing has written",
+    "block_writes_what_another_read": "race of blocks: (writes|reads) argument 1 .* another block of this launch",
+}
+
+
+def seeded_run(seeded: Kernels, kernel: str, faulty: bool, order: Order) -> tuple[Tensor, Tensor]:
+    x, y = torch.randn(ELEMENTS), torch.empty(ELEMENTS)
+    whole = kernel in ("output_left_out", "off_by_one_border")
+    seeded.run(f"launch_{kernel}", x, (Output if whole else Workspace)(y), faulty, order=order, seed=3)
+    return x, y
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kernel", SENTENCES)
+def test_a_seeded_fault_is_found(seeded: Kernels, kernel: str, order: Order) -> None:
+    with pytest.raises(Fault, match=SENTENCES[kernel]):
+        seeded_run(seeded, kernel, True, order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kernel", SENTENCES)
+def test_its_right_twin_passes(seeded: Kernels, kernel: str, order: Order) -> None:
+    seeded_run(seeded, kernel, False, order)
+
+
+def test_every_seeded_kernel_has_its_sentence(seeded: Kernels) -> None:
+    kernels = {name.removeprefix("launch_") for name in seeded.launchers if name.startswith("launch_")}
+    assert kernels == {*SENTENCES, "swapped_fragment_index"}
+
+
+def test_a_swapped_fragment_index_gives_another_product(seeded: Kernels) -> None:
+    for order in ORDERS:
+        x, y = seeded_run(seeded, "swapped_fragment_index", False, order)
+        product = x[:128].view(16, 8) @ x[128:192].view(8, 8)
+        torch.testing.assert_close(y[:128].view(16, 8), product, rtol=0, atol=0.02)
+        x, y = seeded_run(seeded, "swapped_fragment_index", True, order)
+        assert (y[:128].view(16, 8) - x[:128].view(16, 8) @ x[128:192].view(8, 8)).abs().max() > 0.5
+
+
+def test_a_fault_names_kernel_block_thread_and_line(seeded: Kernels) -> None:
+    source = (HERE / "seeded_faults.cu").read_text().splitlines()
+    line = 1 + source.index("  if (!faulty || t != 20) s[t] = x[t];") + 2
+    with pytest.raises(Fault) as fault:
+        seeded_run(seeded, "shared_memory_never_written", True, "forward")
+    assert str(fault.value) == (
+        "kernel shared_memory_never_written, block (0,0,0), thread (20,0,0): reads dynamic shared memory at "
+        f"byte 80 of 1024, which nothing has written [seeded_faults.cu:{line}]"
+    )
+
+
+def test_the_emulator_goes_on_after_a_fault(seeded: Kernels) -> None:
+    for kernel in ("barrier_in_a_branch", "no_wait_group", "mma_in_a_branch"):
+        with pytest.raises(Fault):
+            seeded_run(seeded, kernel, True, "forward")
+        seeded_run(seeded, kernel, False, "forward")
+
+
+# An access of a random program: thread, first byte, end, whether it writes, barriers and warp barriers before.
+Access = tuple[int, int, int, bool, int, int]
+
+
+def random_program(
+    rng: np.random.Generator, blocks: int, density: float
+) -> tuple[NDArray[np.int32], NDArray[np.int32], list[Access]]:
+    """Steps of 64 threads a block in which few of them access a few bytes, and some join others."""
+    steps, threads = 6, 64 * blocks
+    program = np.zeros((steps, threads), np.int32)
+    joins = rng.choice([0, 0, 1, 2, 3, 4], steps).astype(np.int32)
+    accesses: list[Access] = []
+    barriers, warp_barriers = 0, [0, 0]
+    for step in range(steps):
+        for thread in np.flatnonzero(rng.random(threads) < density):
+            size_log2 = int(rng.integers(3))
+            address = int(rng.integers(32 >> size_log2)) << size_log2
+            writes = bool(rng.random() < 0.3)
+            program[step, thread] = (2 if writes else 1) | size_log2 << 2 | address << 4
+            meetings = warp_barriers[thread // 32 % 2]
+            accesses.append((int(thread), address, address + (1 << size_log2), writes, barriers, meetings))
+        barriers += int(joins[step]) >> 2
+        warp_barriers = [count + (int(joins[step]) >> warp & 1) for warp, count in enumerate(warp_barriers)]
+    return program, joins, accesses
+
+
+def has_race(accesses: list[Access]) -> bool:
+    """Two threads' accesses to a byte, one a write, with no barrier of the block or of their warp between."""
+    for i, (thread, begin, end, writes, barriers, meetings) in enumerate(accesses):
+        for other, other_begin, other_end, other_writes, other_barriers, other_meetings in accesses[:i]:
+            if thread == other or not (writes or other_writes) or begin >= other_end or other_begin >= end:
+                continue
+            if thread // 64 != other // 64:
+                return True
+            joined = thread // 32 == other // 32 and meetings != other_meetings
+            if barriers == other_barriers and not joined:
+                return True
+    return False
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("memory", ["shared", "global"])
+def test_a_random_program_is_stopped_if_and_only_if_it_has_a_race(
+    instructions: Kernels, memory: str, order: Order
+) -> None:
+    rng = np.random.default_rng(0)
+    racy = 0
+    for i in range(400):
+        blocks = 1 if memory == "shared" else int(rng.integers(1, 3))
+        program, joins, accesses = random_program(rng, blocks, rng.choice([0.01, 0.02, 0.04]))
+        y = np.zeros(32, np.uint8)
+        argument = None if memory == "shared" else y
+        arguments = (program, joins, len(program), blocks, argument)
+        expected = has_race(accesses)
+        racy += expected
+        try:
+            instructions.run("launch_program", *arguments, order=order, seed=i)
+        except Fault as fault:
+            assert expected, f"program {i}: {fault}"  # noqa: PT017 - most programs must not raise
+            assert "race" in str(fault)  # noqa: PT017
+        else:
+            assert not expected, f"program {i} has a race"
+    assert 100 < racy < 300
+
+
+def test_arguments_must_fit(seeded: Kernels) -> None:
+    x = torch.zeros(2, ELEMENTS)
+    with pytest.raises(TypeError, match="0 launchers named launch_copy take 3 arguments"):
+        seeded.run("launch_copy", x, x, False)
+    with pytest.raises(ValueError, match="argument 0 of launch_no_commit is not contiguous"):
+        seeded.run("launch_no_commit", x.T, x, False)
+    with pytest.raises(ValueError, match=r"argument 1 of .* overlaps"):
+        seeded.run("launch_no_commit", x, x[1], False)
+    with pytest.raises(ValueError, match=re.escape("has 'no such text' 0 times, not 1")):
+        cuda_emulator.build("max_pool_cuda.cu", replacements=[Replacement("launch.cuh", "no such text", "")])

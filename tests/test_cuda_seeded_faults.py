@@ -1,0 +1,198 @@
+"""Faults seeded into the convolution kernels' own sources: the tests that run them on the host find each one.
+
+A fault is one change of one line of csrc. The unchanged kernels pass the same calls (and those of
+test_cuda_conv.py); the changed ones must be stopped by a detector of the emulator or give another result.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import cuda_emulator
+import pytest
+import torch
+import torch.nn.functional as F
+from cuda_emulator import ORDERS, Fault, Kernels, Order, Output, Replacement
+from test_cuda_conv import KINDS, Size, conv_call, equal, nchw, nhwc, whole, workspace
+from torch.nn.grad import conv2d_weight
+
+pytestmark = pytest.mark.skipif(not cuda_emulator.has_compiler(), reason="there is no C++ compiler")
+
+WRONG_RESULT = "differ, first at"
+
+
+def only(types: str) -> tuple[Replacement, ...]:
+    """Kernels of one type and precision alone, which compile in a quarter of the time."""
+    head = "cudaError_t dispatch(const ConvCall& call, F f) {\n"
+    path = cuda_emulator.CSRC / "conv_dispatch.cuh"
+    body = path.read_text().partition(head)[2].partition("\n}\n")[0]
+    return (Replacement(path.name, body, f"  (void)call;\n  return f.template operator()<{types}>();"),)
+
+
+TF32 = only("float, Tf32")
+BF16 = only("bf16, Bf16")
+
+# Blocks of the wide tile with two slabs, and of the narrow one that go through several tiles each; tails in
+# every dimension, borders inside and outside of the last image.
+WIDE = Size(2, 9, 18, 20, 65, 1)
+NARROW = Size(3, 20, 21, 16, 30, 1)
+
+
+def run_forward(kernels: Kernels, s: Size, order: Order) -> None:
+    kind = KINDS["tf32"]
+    x, weight, bias = whole(s.N, s.H, s.W, s.C), whole(s.K, s.C, 3, 3), whole(s.K)
+    y = torch.empty(s.N, s.P, s.Q, s.K)
+    call = conv_call(s, kind)
+    room = workspace(kernels, "conv_relu_workspace_bytes", call)
+    arguments = (call, x.float(), weight.float(), bias.float(), Output(y), room)
+    kernels.run("launch_conv_relu", *arguments, order=order)
+    equal(y, nhwc(F.relu(F.conv2d(nchw(x), weight, bias, padding=s.padding))), "y")
+
+
+def run_backward(kernels: Kernels, s: Size, order: Order) -> None:
+    x, weight = whole(s.N, s.H, s.W, s.C), whole(s.K, s.C, 3, 3)
+    dy, y = whole(s.N, s.P, s.Q, s.K), whole(s.N, s.P, s.Q, s.K)
+    dx, dweight, dbias = torch.empty_like(x).bfloat16(), torch.empty(s.K, s.C, 3, 3), torch.empty(s.K)
+    call = conv_call(s, KINDS["bf16"])
+    room = workspace(kernels, "conv_relu_backward_workspace_bytes", call)
+    inputs = (dy.bfloat16(), x.bfloat16(), weight.float(), y.bfloat16())
+    outputs = (Output(dx), Output(dweight), Output(dbias))
+    kernels.run("launch_conv_relu_backward", call, *inputs, *outputs, room, order=order)
+    gradient = nchw(dy * (y > 0))
+    exact = conv2d_weight(nchw(x), list(weight.shape), gradient, padding=s.padding)
+    equal(dweight, exact, "dweight")
+    equal(dbias, gradient.sum((0, 2, 3)), "dbias")
+
+
+class Seeded(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    found_by: str  # what the emulator's sentence or the comparison says
+
+    def __str__(self) -> str:
+        return self.name
+
+
+HALO = "conv_halo_tile.cuh"
+IN_FLIGHT = "which a cp.async of .* still owns"
+
+FORWARD = [
+    Seeded("no_barrier_before_a_tap", HALO,
+           "        cp_async_wait<Tile::kStages - 2>();\n        __syncthreads();\n",
+           "        cp_async_wait<Tile::kStages - 2>();\n",
+           f"race: |{IN_FLIGHT}|which nothing has written"),
+    Seeded("no_barrier_before_the_sums_are_staged", HALO,
+           "    __syncthreads();  // the others may still read", "    // the others may still read",
+           "race: (reads|writes) dynamic shared memory"),
+    Seeded("no_warp_barrier_before_staging", HALO,
+           "    __syncwarp();\n#pragma unroll\n    for (int nt", "#pragma unroll\n    for (int nt",
+           "race: writes dynamic shared memory .* read with no barrier"),
+    Seeded("no_warp_barrier_after_staging", HALO,
+           "    __syncwarp();\n    const auto staged", "    const auto staged",
+           "race: reads dynamic shared memory|race: writes dynamic shared memory|which nothing has written"),
+    Seeded("no_wait_group", HALO, "        cp_async_wait<Tile::kStages - 2>();\n", "", IN_FLIGHT),
+    Seeded("wait_group_for_one_too_few", HALO,
+           "cp_async_wait<Tile::kStages - 2>();", "cp_async_wait<Tile::kStages - 1>();", IN_FLIGHT),
+    Seeded("no_commit", HALO,
+           "tap, shared + (kPatchBytes - patch));\n        cp_async_commit();",
+           "tap, shared + (kPatchBytes - patch));", IN_FLIGHT),
+    Seeded("filter_into_the_slot_in_use", HALO,
+           "slot == 0 ? Tile::kStages - 1 : slot - 1", "slot",
+           f"race: |{IN_FLIGHT}"),
+    Seeded("patch_without_its_last_pixel", HALO,
+           "number(i) < tiling.patch_pixels * kRowChunks", "number(i) < (tiling.patch_pixels - 1) * kRowChunks",
+           "which nothing has written"),
+    Seeded("filter_not_swizzled", HALO,
+           "cp_async_16(to + swizzled(i / kRowChunks, i % kRowChunks), from + i)",
+           "cp_async_16(to + i * 16, from + i)", WRONG_RESULT),
+    Seeded("channels_past_the_last", "conv_epilogues.cuh",
+           "K + k, v, K - k, aligned)", "K + k, v, 4, aligned)", "out of bounds: |race"),
+    Seeded("swapped_fragments_of_the_filter", "conv_math.cuh",
+           "{pair[nt % 2 * 2], pair[nt % 2 * 2 + 1]}", "{pair[nt % 2 * 2 + 1], pair[nt % 2 * 2]}", WRONG_RESULT),
+    Seeded("rows_of_the_wrong_half", "conv_math.cuh",
+           "2 * step + (lane >> 4)", "2 * step + (lane >> 3 & 1)", WRONG_RESULT),
+    Seeded("border_one_row_low", "conv_tiling.cuh", "h >= 0 && h < H", "h >= 0 && h <= H",
+           "out of bounds: reads 16 bytes, .* past the end"),
+    Seeded("border_one_column_right", "conv_tiling.cuh", "w >= 0 && w < W", "w >= 0 && w <= W",
+           f"out of bounds: reads 16 bytes, .* past the end|{WRONG_RESULT}"),
+    Seeded("one_channel_too_many", "conv_epilogues.cuh",
+           "      if (i < count) p[i] = v[i];", "      if (i <= count) p[i] = v[i];",
+           "race|out of bounds"),
+]  # fmt: skip
+
+GRADIENT = "conv_weight_gradient.cuh"
+
+BACKWARD = [
+    Seeded("no_barrier_before_a_tile", GRADIENT,
+           "    cp_async_wait<0>();\n    __syncthreads();\n", "    cp_async_wait<0>();\n",
+           f"race: |{IN_FLIGHT}|which nothing has written"),
+    Seeded("no_wait_group", GRADIENT, "    cp_async_wait<0>();\n    __syncthreads();\n", "    __syncthreads();\n",
+           IN_FLIGHT),
+    Seeded("rows_that_are_not_aligned", GRADIENT,
+           "kPad = 128 / Math::kLanes", "kPad = 64 / Math::kLanes", "misaligned: "),
+    Seeded("no_barrier_before_the_bias_is_summed", GRADIENT,
+           "    if (c0 > 0) return;\n    __syncthreads();\n", "    if (c0 > 0) return;\n",
+           "race: "),
+    Seeded("return_before_a_barrier", GRADIENT,
+           "    if (c0 > 0) return;\n", "    if (c0 > 0 || thread >= Tile::kTileK) return;\n",
+           "barrier divergence: "),
+    Seeded("all_splits_in_one_place", GRADIENT,
+           "conv.dweight + (static_cast<int64_t>(split) * kTaps + tap)", "conv.dweight + static_cast<int64_t>(tap)",
+           "race of blocks: writes"),
+    Seeded("a_tile_between_two_splits", GRADIENT,
+           "const int end = first_tile(split + 1);", "const int end = first_tile(split + 1) - 1;", WRONG_RESULT),
+]  # fmt: skip
+
+
+def seeded_kernels(seeded: Seeded) -> Kernels:
+    change = Replacement(seeded.file, seeded.old, seeded.new)
+    if seeded in FORWARD:
+        return cuda_emulator.build("conv_relu_cuda.cu", replacements=[*TF32, change])
+    return cuda_emulator.build("conv_relu_backward_cuda.cu", replacements=[*BF16, change])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_together(request: pytest.FixtureRequest) -> None:
+    """All the kernels that the chosen tests need, with every processor at work."""
+    tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    chosen = [test.callspec.params.get("seeded") for test in tests if hasattr(test, "callspec")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(seeded_kernels, [seeded for seeded in chosen if isinstance(seeded, Seeded)]))
+
+
+def finding(run: Callable[[Kernels, Size, Order], None], kernels: Kernels, order: Order) -> str:
+    """What is found wrong at the first size that shows it."""
+    for size in (WIDE, NARROW):
+        try:
+            run(kernels, size, order)
+        except (Fault, AssertionError) as fault:
+            return str(fault)
+    return "nothing"
+
+
+@pytest.mark.parametrize("seeded", FORWARD, ids=str)
+def test_a_fault_in_the_forward_kernel_is_found(seeded: Seeded) -> None:
+    kernels = seeded_kernels(seeded)
+    for order in ORDERS:
+        assert re.search(seeded.found_by, found := finding(run_forward, kernels, order)), f"{order}: {found}"
+
+
+@pytest.mark.parametrize("seeded", BACKWARD, ids=str)
+def test_a_fault_in_the_weight_gradient_is_found(seeded: Seeded) -> None:
+    kernels = seeded_kernels(seeded)
+    for order in ORDERS:
+        assert re.search(seeded.found_by, found := finding(run_backward, kernels, order)), f"{order}: {found}"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_nothing_is_found_in_the_unchanged_kernels(order: Order) -> None:
+    forward = cuda_emulator.build("conv_relu_cuda.cu", replacements=TF32)
+    assert finding(run_forward, forward, order) == "nothing"
+    backward = cuda_emulator.build("conv_relu_backward_cuda.cu", replacements=BF16)
+    assert finding(run_backward, backward, order) == "nothing"

@@ -1,0 +1,52 @@
+"""The roofline's arithmetic, and that the page in docs/ is its output."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def roofline() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("roofline", BENCHMARKS / "roofline.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["roofline"] = module  # where dataclasses looks
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_products_are_those_of_the_layer_table(roofline: ModuleType) -> None:
+    """4.425 G products an image forward, by a count made by hand."""
+    convs = roofline.convolutions(1)
+    assert len(convs) == 13
+    assert sum(conv.operations(conv.C, conv.K, 1) / 2 for conv in convs) == pytest.approx(4.425e9, rel=1e-3)
+    assert roofline.parameters() == 13_304_355
+
+
+def test_a_kernel_is_bound_by_what_takes_longer(roofline: ModuleType) -> None:
+    a100, bf16 = roofline.GPUS[0], roofline.PRECISIONS[0]
+    assert roofline.Kernel("", "", 2.04e9, 1.0).seconds(a100, bf16) == pytest.approx(1e-3)
+    assert roofline.Kernel("", "", 1.0, 312e9).seconds(a100, bf16) == pytest.approx(1e-3)
+
+
+def test_a_step_moves_at_most_55_percent_of_the_eager_step(roofline: ModuleType) -> None:
+    for precision in roofline.PRECISIONS:
+        for batch in roofline.BATCHES:
+            ours, theirs = roofline.training(batch, precision), roofline.eager_training(batch, precision)
+            assert roofline.moved(ours) <= 0.55 * roofline.moved(theirs)
+            assert all(math.isfinite(kernel.bytes) and kernel.bytes > 0 for kernel in (*ours, *theirs))
+
+
+def test_the_page_is_what_the_script_writes(roofline: ModuleType) -> None:
+    if not roofline.TABLE.exists():
+        pytest.skip("docs/ is not in this copy of the sources")
+    assert roofline.TABLE.read_text() == roofline.page()
