@@ -78,8 +78,8 @@ cudaError_t launch_warp(const uint8_t* pictures, const double* matrices, int64_t
                         float fill, float scale, DataType dtype, void* out, cudaStream_t stream);
 
 // ---- conv_relu_cuda.cu ---------------------------------------------------------------------------
-// x [N,H,W,C], y [N,P,Q,K] and their gradients are of call.dtype; weight [K,C,3,3] and what is per channel float32.
-// Each launcher needs a workspace of so many bytes, on 256 bytes.
+// x [N,H,W,C], y [N,P,Q,K] and their gradients are of call.dtype; weight [K,C,3,3] and what is per channel
+// float32. Each launcher needs a workspace of so many bytes, on 256 bytes.
 
 int64_t conv_relu_workspace_bytes(const ConvCall& call);
 
@@ -96,9 +96,9 @@ cudaError_t launch_conv_relu_max_pool(const ConvCall& call, const void* x, const
 int64_t conv_relu_backward_workspace_bytes(const ConvCall& call);
 
 /// dx may be null: it is not computed then.
-cudaError_t launch_conv_relu_backward(const ConvCall& call, const void* dy, const void* x, const float* weight,
-                                      const void* y, void* dx, float* dweight, float* dbias, void* workspace,
-                                      cudaStream_t stream);
+cudaError_t launch_conv_relu_backward(const ConvCall& call, const void* dy, const void* x,
+                                      const float* weight, const void* y, void* dx, float* dweight,
+                                      float* dbias, void* workspace, cudaStream_t stream);
 
 /// dy, y and argmax [N,P/2,Q/2,K]; the same workspace.
 cudaError_t launch_conv_relu_max_pool_backward(const ConvCall& call, const void* dy, const void* x,
