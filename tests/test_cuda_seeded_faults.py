@@ -146,7 +146,7 @@ BACKWARD = [
            "conv.dweight + (static_cast<int64_t>(split) * kTaps + tap)", "conv.dweight + static_cast<int64_t>(tap)",
            "race of blocks: writes"),
     Seeded("a_tile_between_two_splits", GRADIENT,
-           "const int end = first_tile(split + 1);", "const int end = first_tile(split + 1) - 1;", WRONG_RESULT),
+           "first_tile(share.split + 1), 0, 0);", "first_tile(share.split + 1) - 1, 0, 0);", WRONG_RESULT),
 ]  # fmt: skip
 
 
