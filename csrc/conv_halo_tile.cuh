@@ -18,14 +18,14 @@
 // tile's own input (180 * 64 bytes a slab) or output. One barrier a tap.
 //
 // Budget
-//   shared     128 bytes of positions, two patches of kPatchPixels = 192 pixels of 64 bytes, and filters:
-//              Wide    128 + 2 * 192 * 64 + 3 * 128 * 64 = 49,280 bytes: two blocks even in 100 KB
-//              Middle  128 + 2 * 192 * 64 + 2 * 64 * 64  = 32,896: three in 100 KB, four in 164 KB
-//              Narrow  128 + 2 * 192 * 64 + 2 * 32 * 64  = 28,800; resident, of 32 channels, 24,704 + 9 *
-//              2,048 = 43,136 in bf16 and 24,704 + 18 * 2,048 = 61,568 in TF32
-//   registers  Wide, Middle: 64 accumulators, 8 of filter and 4 of input fragments, 4 windows, up to 19 of
-//              an item on its way: within 128. Narrow, Ieee: 32 accumulators, within 128
-//   occupancy  Wide 2 blocks * 8 = 16 warps of 64 (25 %) or of 48 (33 %), so Ieee. Middle 4 * 4 = 16 of 64
+//   shared     a head of 128 to 384 bytes, two patches of kPatchPixels = 192 pixels of 64 bytes, and filters:
+//              Wide    256 + 2 * 192 * 64 + 3 * 128 * 64 = 49,408 bytes: two blocks even in 100 KB
+//              Middle  256 + 2 * 192 * 64 + 2 * 64 * 64  = 33,024: three in 100 KB, four in 164 KB
+//              Narrow  384 + 2 * 192 * 64 + 2 * 32 * 64  = 29,056; resident, of 32 channels, 24,960 + 9 *
+//              2,048 = 43,392 in bf16 and 24,960 + 18 * 2,048 = 61,824 in TF32
+//   registers  Wide, Middle: 64 accumulators, 8 of filter and 4 of input fragments, up to 19 of
+//              an item on its way: within 128. Narrow, Small: 32 accumulators, within 128
+//   occupancy  Wide 2 blocks * 8 = 16 warps of 64 (25 %) or of 48 (33 %), so Small. Middle 4 * 4 = 16 of 64
 //              (25 %), in 100 KB 3 * 4 = 12 of 48 (25 %). Narrow, streaming, the same; resident, bf16: 3
 //              blocks in 164 KB, 12 warps of 64 (19 %), TF32 2 blocks (12 %): below 25 % because the filter
 //              kept takes away more traffic through L2 (18 or 36 KB a tile beside 12 or 23 KB of input) than
@@ -49,7 +49,6 @@ constexpr int kTaps = 9;
 constexpr int kPatchPixels = 192;
 constexpr int kPatchBytes = kPatchPixels * kRowBytes;
 constexpr int kResidentBytes = 36 * 1024;
-constexpr int kPositionBytes = 128;  // two, and a line's alignment for what follows
 
 // 16 rows of 32 sums on their way from registers to memory. 8 floats more a row put the 8 bytes that 16 lanes
 // write at once, four rows, into different banks.
@@ -74,6 +73,11 @@ struct HaloTile {
   // Sums are staged where the last slab's patch or, in a block with one tile, anything was.
   static constexpr int kEpilogueBytes = kWarps * (kStageBytes + 4) + kWarpsM * 3 * kTileN * 4;
   static_assert(kEpilogueBytes <= 2 * kPatchBytes + kStages * kTapBytes);
+  // In front: the positions of this tile and of the next one, and a word of windows for each named row of a
+  // 16-row block; 128 is a line's alignment for what follows.
+  static constexpr int kNamedRows = Math::kFragments ? 16 : 8;
+  static constexpr int kHeadBytes = (2 * 16 + kWarpsM * kNamedRows * 4 + 127) / 128 * 128;
+  static_assert(MT * kRowsPerBlock<Math> <= 4 && kPatchPixels <= 256, "windows are bytes of a word");
   // Whether the block keeps the whole filter and goes through many tiles.
   static constexpr bool kResident = kResident_;
   static_assert(!kResident || kEpilogueBytes <= kPatchBytes);
@@ -85,7 +89,10 @@ template <class Math>
 using MiddleTile = HaloTile<Math, 2, 2, 4, 2, 4>;
 template <class Math, bool kResident = false>
 using NarrowTile = HaloTile<Math, 4, 1, 2, 2, 4, kResident>;
-using IeeeTile = HaloTile<Ieee, 4, 2, 2, 2, 2>;
+// 32 accumulators: for products that need registers, and for float32 tensors in bf16, of which 16 to 19
+// numbers a thread are on their way.
+template <class Math>
+using SmallTile = HaloTile<Math, 4, 2, 2, 2, 2>;
 
 /// w[K,C,3,3] -> [slab][tap][row of output channel][slab's channels], rounded, zero where there is no
 /// channel: what a block loads for one tap is contiguous and has no tails. `turned`: for backward-data, out
@@ -127,7 +134,6 @@ struct PatchLoader {
 
   const Tiling& tiling;
   const Source& source;
-  Item<Math, Source> item;
 
   static __device__ __forceinline__ int number(int i) {
     return static_cast<int>(threadIdx.x) + i * Tile::kThreads;
@@ -140,12 +146,14 @@ struct PatchLoader {
   }
   __device__ __forceinline__ bool has(int i) const { return number(i) < tiling.patch_pixels * kRowChunks; }
 
-  __device__ __forceinline__ void start(const Tiling::Position& at, int slab, int i, unsigned char* patch) {
+  using OneItem = Item<Math, Source>;
+  __device__ __forceinline__ void start(OneItem& item, const Tiling::Position& at, int slab, int i,
+                                        unsigned char* patch) const {
     if (has(i)) {
       item.start(source, tiling.input(at, number(i) / kRowChunks), channel(slab), patch + place(i));
     }
   }
-  __device__ __forceinline__ void finish(int slab, int i, unsigned char* patch) const {
+  __device__ __forceinline__ void finish(const OneItem& item, int slab, int i, unsigned char* patch) const {
     if (has(i)) item.finish(source, channel(slab), patch + place(i));
   }
 };
@@ -236,9 +244,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     conv_halo_tile_kernel(const HaloConvolution<Source, Epilogue> conv) {
   using Math = typename Tile::Math;
   constexpr int kRows = Tile::MT * kRowsPerBlock<Math>;
-  // Positions of this tile and of the next one, two patches, filters.
+  // Positions of this tile and of the next one, where the rows' windows begin, two patches, filters.
   int4* const positions = dynamic_shared<int4>();
-  unsigned char* const shared = dynamic_shared<unsigned char>() + kPositionBytes;
+  uint32_t* const windows =
+      dynamic_shared<uint32_t>() + 8 + threadIdx.x / 32 / Tile::kWarpsN * Tile::kNamedRows;
+  unsigned char* const shared = dynamic_shared<unsigned char>() + Tile::kHeadBytes;
   constexpr int kFilters = 2 * kPatchBytes;
   const Tiling& tiling = conv.tiling;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -257,10 +267,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
   };
 
-  PatchLoader<Tile, Source> loader{tiling, conv.source, {}};
+  const PatchLoader<Tile, Source> loader{tiling, conv.source};
   int tile = static_cast<int>(blockIdx.x) / k_tiles;
   const int stride = static_cast<int>(gridDim.x) / k_tiles;
-  if (thread < 2) tiling.store_position(tile + thread * stride, positions + thread);
+  if (thread < 2) tiling.store_position(tile + thread * stride, positions + thread, k_first);
   if constexpr (Tile::kResident) {
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) load_filter(step, step);
@@ -268,8 +278,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const Tiling::Position first = tiling.position(tile);
 #pragma unroll 1
   for (int i = 0; i < Tile::kItems; ++i) {
-    loader.start(first, 0, i, shared);
-    loader.finish(0, i, shared);
+    Item<Math, Source> item;
+    loader.start(item, first, 0, i, shared);
+    loader.finish(item, 0, i, shared);
   }
 #pragma unroll 1
   for (int step = 0; step < Tile::kStages - 1; ++step) {
@@ -281,11 +292,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   int slot = 0, turn = 0;  // turn: which of the two positions is this tile's
   __syncthreads();
   while (true) {
-    int window[kRows];
+    if (warp % Tile::kWarpsN == 0) {
+      const Tiling::Position at = Tiling::load(positions + turn);
+      uint32_t named = 0;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      window[i] = tiling.window<Epilogue::kWindows>(Tiling::load(positions + turn),
-                                                    warp_m + named_row<Math>(i, lane));
+      for (int i = 0; i < kRows; ++i) {
+        const int window = tiling.window<Epilogue::kWindows>(at, warp_m + named_row<Math>(i, lane));
+        named |= static_cast<uint32_t>(window) << (8 * i);
+      }
+      if (Math::kFragments ? lane < 16 : lane % 4 == 0) windows[first_named_row<Math>(lane)] = named;
     }
     float acc[Tile::MT][Tile::NT][4] = {};
     const bool last_tile = !Tile::kResident || tile + stride >= tiling.tiles;
@@ -306,32 +321,36 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
           load_filter(step + Tile::kStages - 1, slot == 0 ? Tile::kStages - 1 : slot - 1);
         }
         const bool loads = load_slab < conv.slabs && tap < Tile::kItems;
+        Item<Math, Source> item;  // of this step: it takes no registers after it
         if (loads)
-          loader.start(Tiling::load(positions + load_turn), load_slab, tap, shared + (kPatchBytes - patch));
+          loader.start(item, Tiling::load(positions + load_turn), load_slab, tap,
+                       shared + (kPatchBytes - patch));
         cp_async_commit();
         const unsigned char* filter =
             shared + kFilters + (Tile::kResident ? step : slot) * Tile::kTapBytes + warp_n * kRowBytes;
         const int r = quotient(tap, 1.0f / 3.0f);
-        multiply_rows<Math>(acc, shared + patch, window, r * tiling.pitch + tap - 3 * r, filter, lane);
-        if (loads) loader.finish(load_slab, tap, shared + (kPatchBytes - patch));
+        multiply_rows<Math>(acc, shared + patch, windows[first_named_row<Math>(lane)],
+                            r * tiling.pitch + tap - 3 * r, filter, lane);
+        if (loads) loader.finish(item, load_slab, tap, shared + (kPatchBytes - patch));
         slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
       }
       patch = kPatchBytes - patch;
     }
 
     const Tiling::Position at = Tiling::load(positions + turn);
-    __syncthreads();  // the others may still read what the sums are staged over
-    if (thread == 0 && !last_tile) tiling.store_position(tile + 2 * stride, positions + turn);
+    const int k_now = positions[turn].w;  // k_first, without a register kept for it
+    __syncthreads();                      // the others may still read what the sums are staged over
+    if (thread == 0 && !last_tile) tiling.store_position(tile + 2 * stride, positions + turn, k_now);
     unsigned char* const free = shared + (Tile::kResident ? kPatchBytes - patch : 0);
     float* const stage = reinterpret_cast<float*>(free + warp * kStageBytes);
     float* const records = reinterpret_cast<float*>(free + Tile::kWarps * kStageBytes);
     const int record = warp / Tile::kWarpsN * 3 * Tile::kTileN + warp_n;
     float* const pixels = records + Tile::kWarpsM * 3 * Tile::kTileN;  // of each warp
-    store_warp<Tile>(acc, tiling, at, conv.epilogue, warp_m, k_first + warp_n, stage, records + record,
+    store_warp<Tile>(acc, tiling, at, conv.epilogue, warp_m, k_now + warp_n, stage, records + record,
                      pixels + warp);
     if constexpr (Epilogue::kStatistics) {
       __syncthreads();
-      const int k = k_first + thread;
+      const int k = k_now + thread;
       if (thread < Tile::kTileN && k < conv.epilogue.K) {
         // About the first warp's pivot: y - p0 = (y - p) + (p - p0).
         const float pivot = records[thread];
@@ -400,8 +419,8 @@ cudaError_t launch_halo_tile(const ConvCall& call, const ConvSize& s, const Sour
   }
   if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
   return launch(&conv_halo_tile_kernel<Tile, Source, Epilogue>, dim3(static_cast<unsigned>(blocks)),
-                dim3(Tile::kThreads), static_cast<size_t>(kPositionBytes + 2 * kPatchBytes + filter), stream,
-                conv);
+                dim3(Tile::kThreads), static_cast<size_t>(Tile::kHeadBytes + 2 * kPatchBytes + filter),
+                stream, conv);
 }
 
 /// The tile is chosen by the number of output channels, so that more than half of it is used; the narrow
@@ -412,9 +431,13 @@ cudaError_t convolve(const ConvCall& call, const ConvSize& s, const Source& sour
   const auto with = [&]<class Tile>(Tile*) {
     return launch_halo_tile<Tile>(call, s, source, epilogue, weight, turned, packed, stream);
   };
+  constexpr bool kConverts = !std::is_same_v<typename Source::Element, typename Math::Shared>;
   if constexpr (!Math::kFragments) {
-    return with(static_cast<IeeeTile*>(nullptr));
+    return with(static_cast<SmallTile<Math>*>(nullptr));
   } else {
+    if constexpr (kConverts && !Source::kPlain) {
+      if (s.K > 32) return with(static_cast<SmallTile<Math>*>(nullptr));
+    }
     if (s.K > 64) return with(static_cast<WideTile<Math>*>(nullptr));
     if (s.K > 32) return with(static_cast<MiddleTile<Math>*>(nullptr));
     if (block_filter_bytes<NarrowTile<Math>>(s) > kResidentBytes) {

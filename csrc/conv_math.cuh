@@ -77,12 +77,18 @@ __device__ __forceinline__ int named_row(int i, int lane) {
   return Math::kFragments ? 16 * i + (lane & 15) : 8 * i + (lane >> 2);
 }
 
-/// acc += A B over one row of kRowBytes. Row i of A that the lane names is a[row[i] + offset]; b is the first
-/// of B's 8 NT rows, 8 rows are a whole number of swizzles.
+/// Lanes with the same one name the same rows.
+template <class Math>
+__device__ __forceinline__ int first_named_row(int lane) {
+  return Math::kFragments ? lane & 15 : lane >> 2;
+}
+
+/// acc += A B over one row of kRowBytes. Row i of A that the lane names is a[byte i of rows + offset]; b is
+/// the first of B's 8 NT rows, 8 rows are a whole number of swizzles.
 template <class Math, int MT, int NT>
-__device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], const unsigned char* a,
-                                              const int (&row)[MT * kRowsPerBlock<Math>], int offset,
-                                              const unsigned char* b, int lane) {
+__device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], const unsigned char* a, uint32_t rows,
+                                              int offset, const unsigned char* b, int lane) {
+  const auto row = [=](int i) { return static_cast<int>(rows >> (8 * i) & 0xffu) + offset; };
   static_assert(NT % 2 == 0);
   if constexpr (Math::kFragments) {
 #pragma unroll
@@ -96,7 +102,7 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], const uns
 #pragma unroll
       for (int mt = 0; mt < MT; ++mt) {
         uint32_t a_fragment[4];
-        ldmatrix_x4(a_fragment, a + swizzled(row[mt] + offset, 2 * step + (lane >> 4)));
+        ldmatrix_x4(a_fragment, a + swizzled(row(mt), 2 * step + (lane >> 4)));
         Math::round(a_fragment);
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
@@ -119,7 +125,7 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], const uns
         }
 #pragma unroll
         for (int i = 0; i < 2 * MT; ++i) {
-          const float4 a_values = *reinterpret_cast<const float4*>(a + swizzled(row[i] + offset, chunk));
+          const float4 a_values = *reinterpret_cast<const float4*>(a + swizzled(row(i), chunk));
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             float& d = acc[i / 2][nt + j / 2][i % 2 * 2 + j % 2];

@@ -190,52 +190,49 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   unsigned char* const shared = dynamic_shared<unsigned char>();
   uint16_t* const places = reinterpret_cast<uint16_t*>(shared + 2 * Tile::kBufferBytes);
   int4* const positions = reinterpret_cast<int4*>(shared + 2 * Tile::kBufferBytes + Tile::kPlaceBytes);
+  const int4* const share = positions + 2;
   const Tiling& tiling = conv.tiling;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_k = warp / 4 * 16 * Tile::MT, warp_c = warp % 4 * 8;
   const int c_tiles = (conv.C + Tile::kTileC - 1) / Tile::kTileC;
   const int k_tiles = (conv.K + Tile::kTileK - 1) / Tile::kTileK;
-  struct Share {
-    int c0, k0, split;
-  };
-  const auto share_of = [&](int block) -> Share {
-    return {block % c_tiles * Tile::kTileC, block / c_tiles % k_tiles * Tile::kTileK,
-            block / c_tiles / k_tiles};
-  };
-  const Share share = share_of(static_cast<int>(blockIdx.x));
+  const int block = static_cast<int>(blockIdx.x), split_of_block = block / c_tiles / k_tiles;
   const auto first_tile = [&](int s) {
     return static_cast<int>(static_cast<int64_t>(tiling.tiles) * s / conv.splits);
   };
-  const int g_channel = share.k0 + thread % Tile::kGradientChunks * kLanes;
-  const int x_channel = share.c0 + thread % Tile::kInputChunks * kLanes;
+  const auto g_channel = [&] { return share->x + thread % Tile::kGradientChunks * kLanes; };
+  const auto x_channel = [&] { return share->y + thread % Tile::kInputChunks * kLanes; };
 
-  Item<Math, Gradient> g_item;
-  Item<Math, Source> x_item;
+  // Items are of one step, so that they take no registers after it.
+  struct Items {
+    Item<Math, Gradient> g;
+    Item<Math, Source> x;
+  };
   [[maybe_unused]] float bias[2] = {};
 
-  const auto start = [&](const Tiling::Position& at, int i, int buffer) {
+  const auto start = [&](Items& items, const Tiling::Position& at, int i, int buffer) {
     unsigned char* const to = shared + buffer * Tile::kBufferBytes;
     if (i < Tile::kGradientItems) {
       const int number = thread + i * Tile::kThreads, pixel = number / Tile::kGradientChunks;
       if (pixel < Tile::kPixels) {
-        g_item.start(conv.gradient, tiling.output<false>(at, pixel), g_channel, to);
+        items.g.start(conv.gradient, tiling.output<false>(at, pixel), g_channel(), to);
       }
     } else {
       const int number = thread + (i - Tile::kGradientItems) * Tile::kThreads;
       const int pixel = number / Tile::kInputChunks;
       if (pixel < tiling.patch_pixels) {
-        x_item.start(conv.x, tiling.input(at, pixel), x_channel,
-                     to + Tile::kGradientBytes + pixel * Tile::kInputRow + number % Tile::kInputChunks * 16);
+        items.x.start(conv.x, tiling.input(at, pixel), x_channel(),
+                      to + Tile::kGradientBytes + pixel * Tile::kInputRow + number % Tile::kInputChunks * 16);
       }
     }
   };
-  const auto finish = [&](int i, int buffer) {
+  const auto finish = [&](const Items& items, int i, int buffer) {
     unsigned char* const to = shared + buffer * Tile::kBufferBytes;
     if (i < Tile::kGradientItems) {
       const int number = thread + i * Tile::kThreads, pixel = number / Tile::kGradientChunks;
       if (pixel < Tile::kPixels) {
         float v[kLanes];
-        conv.gradient.template values<kLanes>(g_item.fetched, g_channel, v);
+        conv.gradient.template values<kLanes>(items.g.fetched, g_channel(), v);
         *reinterpret_cast<uint4*>(to + pixel * Tile::kGradientRow + number % Tile::kGradientChunks * 16) =
             Math::pack(v);
         if constexpr (Gradient::kHasBias) {
@@ -248,8 +245,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       const int number = thread + (i - Tile::kGradientItems) * Tile::kThreads;
       const int pixel = number / Tile::kInputChunks;
       if (pixel < tiling.patch_pixels) {
-        x_item.finish(conv.x, x_channel,
-                      to + Tile::kGradientBytes + pixel * Tile::kInputRow + number % Tile::kInputChunks * 16);
+        items.x.finish(
+            conv.x, x_channel(),
+            to + Tile::kGradientBytes + pixel * Tile::kInputRow + number % Tile::kInputChunks * 16);
       }
     }
   };
@@ -259,20 +257,25 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
   };
 
-  const int first_of_share = first_tile(share.split);
+  // What the block is at and does is kept in shared memory, registers are short: the next tile's position and
+  // number; its first channels k and c, its split and where that ends.
+  const int first_of_share = first_tile(split_of_block);
   const Tiling::Position first = tiling.position(first_of_share);
+  if (thread == 0) {
+    tiling.store_position(first_of_share + 1, positions + 1, first_of_share + 1);
+    positions[2] = make_int4(block / c_tiles % k_tiles * Tile::kTileK, block % c_tiles * Tile::kTileC,
+                             split_of_block, first_tile(split_of_block + 1));
+  }
+  __syncthreads();
 #pragma unroll 1
   for (int i = 0; i < Tile::kSteps; ++i) {
-    start(first, i, 0);
-    finish(i, 0);
+    Items items;
+    start(items, first, i, 0);
+    finish(items, i, 0);
   }
   find_places(first, 0);
   // What the block is at is kept in shared memory, registers are short: the next tile's position and number,
   // and, in the third place, the block's number and where its share ends.
-  if (thread == 0) {
-    tiling.store_position(first_of_share + 1, positions + 1, first_of_share + 1);
-    positions[2] = make_int4(static_cast<int>(blockIdx.x), first_tile(share.split + 1), 0, 0);
-  }
   cp_async_commit();
 
   float acc[Tile::MT][kTaps][4] = {};
@@ -283,7 +286,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     cp_async_wait<0>();
     __syncthreads();
     const int4* const next = positions + (buffer ^ 1);
-    more = next->w < positions[2].y;
+    more = next->w < share->w;
     if (more) find_places(Tiling::load(next), buffer ^ 1);
     if (thread == 0) tiling.store_position(next->w + 1, positions + buffer, next->w + 1);
     const unsigned char* const g = shared + buffer * Tile::kBufferBytes + warp_k * (16 / kLanes);
@@ -291,16 +294,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         shared + buffer * Tile::kBufferBytes + Tile::kGradientBytes + warp_c * (16 / kLanes);
 #pragma unroll 1
     for (int step = 0; step < Tile::kSteps; ++step) {
-      if (more) start(Tiling::load(next), step, buffer ^ 1);
+      Items items;
+      if (more) start(items, Tiling::load(next), step, buffer ^ 1);
       Tile::multiply(acc, g, x, tiling.pitch, places + buffer * Tile::kPixels, step * Tile::kStepPixels,
                      lane);
-      if (more) finish(step, buffer ^ 1);
+      if (more) finish(items, step, buffer ^ 1);
     }
     cp_async_commit();
   }
 
   __syncthreads();
-  const auto [c0, k0, split] = share_of(positions[2].x);
+  const int k0 = share->x, c0 = share->y, split = share->z;
   const bool pairs = conv.C % 2 == 0;
   const int c = c0 + warp_c + 2 * (lane & 3);
 #pragma unroll

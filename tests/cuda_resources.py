@@ -53,6 +53,7 @@ TARGETS = {
     "sm_120": Target("RTX 50", 1536, 24, 100 * 1024),
 }
 REGISTERS = 65536
+SMALL = 100 * 1024  # bytes of shared memory of the GPUs that are not for data centres
 LEAST_OCCUPANCY = 0.25
 #: Kernels, as regular expressions, that an SM holds fewer of than LEAST_OCCUPANCY or their __launch_bounds__ ask for,
 #: and why that is right.
@@ -72,7 +73,7 @@ class Resources(NamedTuple):
     static_shared_bytes: int
     threads: int  # of __launch_bounds__
     blocks: int  # an SM must hold; 0 where the source does not say
-    instructions: int  # 0 without a disassembler
+    instructions: int  # of the innermost loops with tensor instructions; 0 without a disassembler
     tensor_instructions: int
 
     def occupancy(self, target: Target, threads: int, shared_bytes: int) -> float:
@@ -179,22 +180,42 @@ def _bounds(ptx: str) -> Iterator[tuple[str, int, int]]:
         )
 
 
+TENSOR = ("HMMA", "IMMA", "OMMA", "QMMA")
+
+
 def _instructions(cubin: Path) -> dict[str, tuple[int, int]]:
-    """Of each kernel: machine instructions, and those of them that the tensor cores execute."""
+    """Of each kernel: machine instructions, and those of them that the tensor cores execute, in the innermost loops
+    that have such; without any, in the kernel as a whole."""
     disassembler = find_disassembler()
     if disassembler is None:
         return {}
     found: dict[str, tuple[int, int]] = {}
-    name = ""
-    for line in _run(disassembler, "-c", cubin).splitlines():
-        if line.startswith(".text."):
-            name = line.removeprefix(".text.").removesuffix(":")
-            found[name] = (0, 0)
-        operation = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", line)
-        if operation and operation[1] != "NOP":
-            all_, tensor = found[name]
-            found[name] = all_ + 1, tensor + (operation[1] in ("HMMA", "OMMA", "QMMA", "IMMA"))
+    for part in re.split(r"\n\.text\.", _run(disassembler, "-c", cubin))[1:]:
+        operations: list[str] = []
+        labels: dict[str, int] = {}
+        loops: list[tuple[int, int]] = []
+        for line in part.splitlines():
+            if line.startswith(".L_"):
+                labels[line.strip().removesuffix(":")] = len(operations)
+            operation = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", line)
+            if operation and operation[1] != "NOP":
+                operations.append(operation[1])
+                target = re.search(r"`\((\.L_\w+)\)", line) if operation[1] == "BRA" else None
+                if target and target[1] in labels:  # backwards
+                    loops.append((labels[target[1]], len(operations)))
+        found[part.partition(":")[0]] = _in_loops(operations, loops)
     return found
+
+
+def _in_loops(operations: Sequence[str], loops: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    multiplying = {loop for loop in loops if any(op in TENSOR for op in operations[slice(*loop)])}
+    inner = [
+        (first, last)
+        for first, last in multiplying
+        if not any((f, e) != (first, last) and first <= f and e <= last for f, e in multiplying)
+    ]
+    chosen = [op for loop in inner for op in operations[slice(*loop)]] if inner else operations
+    return len(chosen), sum(op in TENSOR for op in chosen)
 
 
 @functools.cache
@@ -346,15 +367,15 @@ def problems(target: str) -> list[str]:
             found.append(f"{kernel}: has no __launch_bounds__")
         elif threads > r.threads:
             found.append(f"{kernel}: launched with {threads} threads, bound to {r.threads}")
-        elif (
-            r.blocks
-            and not is_excused(kernel)
-            and occupancy < min(r.blocks * -(-r.threads // 32) / (limits.threads // 32), 1)
-        ):
-            held = occupancy * limits.threads / threads
-            found.append(
-                f"{kernel}: an SM holds {held:g} blocks, not {r.blocks} ({shared} bytes of shared memory)"
-            )
+        elif r.registers > REGISTERS // (max(r.blocks, 1) * r.threads) // 8 * 8:
+            found.append(f"{kernel}: {r.registers} registers are too many for {r.blocks} blocks")
+        # Smaller multiprocessors hold fewer blocks; what counts there is the occupancy.
+        elif limits.shared_bytes > SMALL and not is_excused(kernel):
+            held = round(occupancy * limits.threads / threads)
+            if held < min(r.blocks, limits.threads // threads):
+                found.append(
+                    f"{kernel}: an SM holds {held} blocks, not {r.blocks} ({shared} bytes of shared memory)"
+                )
         if occupancy < LEAST_OCCUPANCY and not is_excused(kernel):
             found.append(f"{kernel}: occupancy {occupancy:.0%}, without a reason in FEW_THREADS")
     return [f"{target}, {sentence}" for sentence in found]
@@ -380,12 +401,13 @@ HEAD = """# What the CUDA kernels take of a multiprocessor
 
 Written by `python tests/cuda_resources.py`: nvcc {nvcc}, every kernel for every target. A cell is registers a thread,
 occupancy (resident warps of those that an SM can hold, by the published limits) and, where the kernel uses them,
-the share of the machine's instructions that the tensor cores execute (HMMA, of all in the kernel's text, prologue and
-epilogue included). Bytes spilled would stand behind them: there are {spilled}. Threads and shared memory (static and
-dynamic, in bytes, the most of the network's layers) are those of the launchers.
+the share of the machine's instructions in the innermost loop that the tensor cores execute (HMMA; the others load
+fragments, copy and count). Bytes spilled stand behind them: there are {spilled} in all. Threads and shared memory
+(static and dynamic, in bytes, the most of the network's layers) are those of the launchers.
 
 `tests/test_cuda_resources.py` holds every kernel to the budget in its `__launch_bounds__(threads, blocks)`: no spills,
-and so many blocks on each target's SM. Nothing here is measured on a GPU.
+registers for so many blocks on every target, and on those with more than 100 KB of shared memory so many blocks; at
+least {least:.0%} occupancy. Nothing here is measured on a GPU.
 
 """
 REASONS = """
@@ -404,7 +426,7 @@ def main(arguments: Sequence[str]) -> int:
         version = _run("nvcc", "--version").partition("release ")[2].partition(",")[0]
         spilled = sum(r.spilled_bytes for target in targets for r in compiled(target).values())
         text = (
-            HEAD.format(nvcc=version, spilled=spilled or "none")
+            HEAD.format(nvcc=version, spilled=spilled or "none", least=LEAST_OCCUPANCY)
             + table
             + REASONS.format(least=LEAST_OCCUPANCY)
         )

@@ -88,7 +88,7 @@ FORWARD = [
            "        cp_async_wait<Tile::kStages - 2>();\n",
            f"race: |{IN_FLIGHT}|which nothing has written"),
     Seeded("no_barrier_before_the_sums_are_staged", HALO,
-           "    __syncthreads();  // the others may still read", "    // the others may still read",
+           "    __syncthreads();                      // the others may still read", "    // the others may still read",
            "race: (reads|writes) dynamic shared memory"),
     Seeded("no_warp_barrier_before_staging", HALO,
            "    __syncwarp();\n#pragma unroll\n    for (int nt", "#pragma unroll\n    for (int nt",
@@ -100,8 +100,8 @@ FORWARD = [
     Seeded("wait_group_for_one_too_few", HALO,
            "cp_async_wait<Tile::kStages - 2>();", "cp_async_wait<Tile::kStages - 1>();", IN_FLIGHT),
     Seeded("no_commit", HALO,
-           "tap, shared + (kPatchBytes - patch));\n        cp_async_commit();",
-           "tap, shared + (kPatchBytes - patch));", IN_FLIGHT),
+           "shared + (kPatchBytes - patch));\n        cp_async_commit();",
+           "shared + (kPatchBytes - patch));", IN_FLIGHT),
     Seeded("filter_into_the_slot_in_use", HALO,
            "slot == 0 ? Tile::kStages - 1 : slot - 1", "slot",
            f"race: |{IN_FLIGHT}"),
@@ -146,7 +146,7 @@ BACKWARD = [
            "conv.dweight + (static_cast<int64_t>(split) * kTaps + tap)", "conv.dweight + static_cast<int64_t>(tap)",
            "race of blocks: writes"),
     Seeded("a_tile_between_two_splits", GRADIENT,
-           "first_tile(share.split + 1), 0, 0);", "first_tile(share.split + 1) - 1, 0, 0);", WRONG_RESULT),
+           "first_tile(split_of_block + 1));", "first_tile(split_of_block + 1) - 1);", WRONG_RESULT),
 ]  # fmt: skip
 
 
