@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     cp_async_commit();
   }
 
-  __syncthreads();
+  __syncthreads();  // the bias' sums take the place of what others may still read
   const int k0 = share->x, c0 = share->y, split = share->z;
   const bool pairs = conv.C % 2 == 0;
   const int c = c0 + warp_c + 2 * (lane & 3);
@@ -327,7 +327,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
   if constexpr (Gradient::kHasBias) {
     if (c0 > 0) return;
-    __syncthreads();
     float2* const sums = dynamic_shared<float2>();  // of each thread
     sums[thread] = make_float2(bias[0], bias[1]);
     __syncthreads();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import sys
@@ -54,9 +55,18 @@ def load() -> str:
     isa = _choose()
     torch.ops.load_library(str(_built()[isa]))
     if torch.cuda.is_available():
-        for path in _cuda_objects():
-            torch.ops.load_library(str(path))
+        _load_cuda()
     return isa
+
+
+def _load_cuda() -> None:
+    """Loads the CUDA kernels. They call functions of torch's CUDA library without naming it as one that they need,
+    since they may have been built beside a torch that has none: it is made visible to them first."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    if library.exists():
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    for path in _cuda_objects():
+        torch.ops.load_library(str(path))
 
 
 def _cuda_objects() -> list[Path]:
