@@ -431,19 +431,21 @@ cudaError_t convolve(const ConvCall& call, const ConvSize& s, const Source& sour
   const auto with = [&]<class Tile>(Tile*) {
     return launch_halo_tile<Tile>(call, s, source, epilogue, weight, turned, packed, stream);
   };
-  constexpr bool kConverts = !std::is_same_v<typename Source::Element, typename Math::Shared>;
-  if constexpr (!Math::kFragments) {
-    return with(static_cast<SmallTile<Math>*>(nullptr));
-  } else {
-    if constexpr (kConverts && !Source::kPlain) {
-      if (s.K > 32) return with(static_cast<SmallTile<Math>*>(nullptr));
-    }
-    if (s.K > 64) return with(static_cast<WideTile<Math>*>(nullptr));
-    if (s.K > 32) return with(static_cast<MiddleTile<Math>*>(nullptr));
+  constexpr bool kConverts =
+      !Source::kPlain && !std::is_same_v<typename Source::Element, typename Math::Shared>;
+  const auto narrow = [&] {
     if (block_filter_bytes<NarrowTile<Math>>(s) > kResidentBytes) {
       return with(static_cast<NarrowTile<Math>*>(nullptr));
     }
     return with(static_cast<NarrowTile<Math, true>*>(nullptr));
+  };
+  if constexpr (!Math::kFragments) {
+    return with(static_cast<SmallTile<Math>*>(nullptr));
+  } else if constexpr (kConverts) {
+    return s.K > 32 ? with(static_cast<SmallTile<Math>*>(nullptr)) : narrow();
+  } else {
+    if (s.K > 64) return with(static_cast<WideTile<Math>*>(nullptr));
+    return s.K > 32 ? with(static_cast<MiddleTile<Math>*>(nullptr)) : narrow();
   }
 }
 
