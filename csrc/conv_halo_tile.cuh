@@ -433,11 +433,11 @@ cudaError_t convolve(const ConvCall& call, const ConvSize& s, const Source& sour
   };
   constexpr bool kConverts =
       !Source::kPlain && !std::is_same_v<typename Source::Element, typename Math::Shared>;
-  const auto narrow = [&] {
-    if (block_filter_bytes<NarrowTile<Math>>(s) > kResidentBytes) {
-      return with(static_cast<NarrowTile<Math>*>(nullptr));
+  const auto narrow = [&]<class M = Math>() {  // a template: compiled for the types that call it
+    if (block_filter_bytes<NarrowTile<M>>(s) > kResidentBytes) {
+      return with(static_cast<NarrowTile<M>*>(nullptr));
     }
-    return with(static_cast<NarrowTile<Math, true>*>(nullptr));
+    return with(static_cast<NarrowTile<M, true>*>(nullptr));
   };
   if constexpr (!Math::kFragments) {
     return with(static_cast<SmallTile<Math>*>(nullptr));
