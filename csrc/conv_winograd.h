@@ -44,9 +44,9 @@ inline constexpr int kComponents = kIn * kIn;  // matrix products
 
 /// Whether Winograd is the faster way for a shape, by counting in multiply-adds: the direct convolution's 9
 /// an output and pair of channels, against a tile's 36, its transforms' and the filter's. The transforms'
-/// figures are measured times (450 and 400 cycles a tile and vector of channels, at 2 multiply-adds a cycle
-/// and lane): they are mostly loads and stores. MASKCORE_CONV=direct|winograd overrides, to compare the two.
-/// The direct convolution has float32 operands whatever the precision: it is for small work.
+/// figures are times measured on Zen 3 (450 and 400 cycles a tile and vector of channels, at 2 multiply-adds
+/// a cycle and lane): they are mostly loads and stores. MASKCORE_CONV=direct|winograd overrides, to compare
+/// the two. The direct convolution has float32 operands whatever the precision: it is for small work.
 inline bool use_winograd(const ConvShape& s) {
   const char* wanted = std::getenv("MASKCORE_CONV");
   if (wanted != nullptr && *wanted != '\0') {

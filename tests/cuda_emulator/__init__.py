@@ -32,6 +32,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
+from maskcore import _native
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 UNUSED_SECONDS = 3 * 24 * 3600
@@ -148,11 +150,9 @@ def _run(*command: str | Path) -> str:
     return done.stdout
 
 
-@functools.cache
 def _fused_multiply_add() -> list[str]:
     """Without the instruction fmaf is a slow function; its results are the same."""
-    done = subprocess.run(["g++", "-march=native", "-dM", "-E", "-xc++", os.devnull], capture_output=True)
-    return ["-mavx2", "-mfma"] if b"__FMA__" in done.stdout and b"__AVX2__" in done.stdout else []
+    return ["-mavx2", "-mfma"] if "avx2" in _native.supported_isa() else []
 
 
 @functools.cache
