@@ -418,7 +418,10 @@ void multiply_tile(const typename Operands::Element* v, int64_t v_panel, const t
     const int64_t count = std::min<int64_t>(kTileColumns, C - c);
     const float* chunk = ahead.chunk();
     for (int64_t i = 0; i < count; i += kDepth, u += kTileColumns * kDepth) {
-      __builtin_prefetch(chunk + i * (ReadAhead::kChunk / kTileColumns), /*rw=*/0, /*locality=*/2);
+#pragma GCC unroll 2
+      for (int64_t line = i; line < i + kDepth; ++line) {
+        __builtin_prefetch(chunk + line * ReadAhead::kLine, /*rw=*/0, /*locality=*/2);
+      }
       Operands::template add_channels<M>(acc, v + i, kTileColumns, u);
     }
   }

@@ -55,7 +55,7 @@ struct Bfloat16 {
   }
   static void save_term(Element* p, int64_t term, Vec v) {
     // The first term is in the lower half of its sum's 32 bits; until the second comes, that is zero.
-    Pairs pairs = __builtin_convertvector(rounded(v), Pairs);
+    Pairs pairs = (Pairs)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)rounded(v));
     if (term == 1) pairs = load_pairs(p) | pairs << 16;
     std::memcpy(p, &pairs, sizeof(pairs));
   }

@@ -13,8 +13,9 @@ namespace maskcore {
 
 class ReadAhead {
  public:
-  /// A share of the reads, to be asked for in kTileColumns steps.
-  static constexpr int64_t kChunk = 256;  // floats: 1 KiB
+  static constexpr int64_t kLine = 16;  // floats
+  /// A share of the reads, to be asked for in kTileColumns steps, a line each.
+  static constexpr int64_t kChunk = kLine * kTileColumns;
 
   /// Begins anew: the next block has nothing to read so far.
   void clear() {

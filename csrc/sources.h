@@ -85,6 +85,7 @@ struct PooledReluGradient {
     const int64_t i = ((n * (H / 2) + h / 2) * (W / 2) + w / 2) * C;
     f(dy + i, pixels / 2 * C);
     f(y + i, pixels / 2 * C);
+    f(reinterpret_cast<const float*>(argmax + i), pixels / 2 * C / 4);
   }
 };
 

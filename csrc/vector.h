@@ -80,14 +80,30 @@ inline void stream_fence() {
 /// max(v, 0); NaN stays NaN, as torch.relu has it.
 inline Vec relu(Vec v) { return v <= 0.0f ? Vec{} : v; }
 
+// GCC 12 takes a __builtin_convertvector of bytes apart, lane by lane: the instructions are called by name
+// (with a mask of all lanes, because its headers warn of themselves without one).
 inline Mask load_bytes(const uint8_t* p, int64_t lanes) {
   Bytes bytes{};
-  std::memcpy(&bytes, p, static_cast<size_t>(lanes));
+  std::memcpy(&bytes, p, static_cast<size_t>(lanes < kLanes ? lanes : kLanes));
+#if defined(__AVX512F__) && !defined(MASKCORE_VECTOR_BYTES)
+  return (Mask)_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)bytes);
+#elif defined(__AVX2__) && !defined(MASKCORE_VECTOR_BYTES)
+  return (Mask)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
+#else
   return __builtin_convertvector(bytes, Mask);
+#endif
 }
 inline void store_bytes(uint8_t* p, Mask v, int64_t lanes) {
+#if defined(__AVX512F__) && !defined(MASKCORE_VECTOR_BYTES)
+  const Bytes bytes = (Bytes)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v);
+#elif defined(__AVX2__) && !defined(MASKCORE_VECTOR_BYTES)
+  const __m128i low = _mm256_castsi256_si128((__m256i)v), high = _mm256_extracti128_si256((__m256i)v, 1);
+  const __m128i halves = _mm_packs_epi32(low, high);
+  const Bytes bytes = (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(halves, halves));
+#else
   const Bytes bytes = __builtin_convertvector(v, Bytes);
-  std::memcpy(p, &bytes, static_cast<size_t>(lanes));
+#endif
+  std::memcpy(p, &bytes, static_cast<size_t>(lanes < kLanes ? lanes : kLanes));
 }
 
 /// f(i, lanes) for i = 0, kLanes, 2 kLanes .. below n; lanes is the constant kLanes but in the tail.
