@@ -7,19 +7,25 @@
 
 namespace maskcore {
 
-/// dweight [K,C,3,3]; dbias [K] and dx [N,H,W,C] where they are not null.
-template <class Gradient>
-void convolve_backward(const ConvShape& s, Precision precision, const Gradient& gradient, const float* x,
-                       const float* weight, float* dx, float* dweight, float* dbias) {
-  const Activation input{x, s.H, s.W, s.C};
+/// dweight [K,C,3,3]; dbias [K] where it is not null; the gradient of the input, if the sink wants it.
+template <class Input, class Gradient, class Sink>
+void convolve_backward(const ConvShape& s, Precision precision, const Input& input, const Gradient& gradient,
+                       const float* weight, const Sink& sink, float* dweight, float* dbias) {
   if (use_winograd(s)) {
     with_operands(precision, [&]<class Operands>() {
-      WinogradBackward<Operands, Activation, Gradient>(s, input, gradient, weight, dx).run(dweight, dbias);
+      WinogradBackward<Operands, Input, Gradient, Sink>(s, input, gradient, weight, sink).run(dweight, dbias);
     });
   } else {
     convolve_backward_weight(s, input, gradient, dweight, dbias);
-    if (dx != nullptr) convolve_backward_data(s, gradient, weight, dx);
+    if (sink.wanted()) convolve_backward_data(s, gradient, weight, sink.dx);
   }
+}
+
+template <class Gradient>
+void convolve_backward(const ConvShape& s, Precision precision, const Gradient& gradient, const float* x,
+                       const float* weight, float* dx, float* dweight, float* dbias) {
+  convolve_backward(s, precision, Activation{x, s.H, s.W, s.C}, gradient, weight, StoreRows::of(dx, s),
+                    dweight, dbias);
 }
 
 }  // namespace maskcore

@@ -37,9 +37,10 @@ inline int64_t row_block(int64_t width, int64_t channels) {
 
 /// Filter panels [K / kTileColumns][9 C][kTileColumns], zero-padded in K; rows in the order r, s, c.
 /// `turned` packs the filter of the backward-data pass: turned by 180 degrees, C and K exchanged.
-inline const float* pack_filter(const float* weight, const ConvShape& s, bool turned) {
+inline const float* pack_filter(const float* weight, const ConvShape& s, bool turned,
+                                Purpose purpose = Purpose::kFilter) {
   const int64_t panels = ceil_div(s.K, kTileColumns), depth = kTaps * s.C;
-  float* packed = workspace(Purpose::kFilter, panels * depth * kTileColumns);
+  float* packed = workspace(purpose, panels * depth * kTileColumns);
   torch::stable::parallel_for(0, panels, 1, [=](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       float* out = packed + panel * depth * kTileColumns;

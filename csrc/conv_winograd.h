@@ -466,6 +466,7 @@ void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& s
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first_block, int64_t last_block) {
     const TilePanels v(Purpose::kInputPanel, s.C, block_tiles);
     const TilePanels m(Purpose::kConvolved, pass_panels * kTileColumns, block_tiles);
+    Source held = source;
     ReadAhead ahead;
     PhaseClock clock;
     for (int64_t block = first_block; block < last_block; ++block) {
@@ -475,8 +476,9 @@ void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& s
       add_reads(source, grid, end, next_end, kIn, s.padding, ahead);
       ahead.spread(chunk_calls(f, end - begin));
       for_each_grid_tile(grid, begin, end, [&](const Tile& tile, int64_t i) {
-        load_input_tile<Operands, SumOver::kChannels>(source, tile.n, tile.p - s.padding, tile.q - s.padding,
-                                                      v, i);
+        const int64_t h = tile.p - s.padding, w = tile.q - s.padding;
+        if (i == 0 || tile.q == 0) held.hold(tile.n, h, h + kIn);
+        load_input_tile<Operands, SumOver::kChannels>(held, tile.n, h, w, v, i);
       });
       clock.end(Phase::kInputTransform);
       for (int64_t first = 0; first < f.panels; first += pass_panels) {
@@ -590,44 +592,99 @@ void multiply_weight_component(int64_t component, const TilePanels& v, const Til
   }
 }
 
+/// dX of a tile of V's place, B dV B^T: save(i, j, d, c, lanes) takes input (i, j) of the channels
+/// [begin, end), c and lanes as for_each_vector gives them.
+template <class Save>
+void save_gradient_tile(const TilePanels& v, int64_t at, int64_t begin, int64_t end, const Save& save) {
+  for_each_vector(end - begin, [&](int64_t i, auto lanes) {
+    const int64_t c = begin + i;
+    const float* products = v.channel(at, c);
+    transform_square<kIn, kIn>(
+        transform_input_gradient,
+        [&](int r, int t) { return load(products + (kIn * r + t) * v.component_floats); },
+        [&](int r, int t, Vec d) { save(r, t, d, c, lanes); });
+  });
+}
+
 /// Adds up dX [N,H,W,C] from tiles that come in their order, image by image, row by row.
 struct InputGradient {
   float* dx;
   int64_t H, W, C, padding;
 
   /// The channels [begin, end) of a tile whose dV is tile `at` of v. Where an earlier tile has written, it
-  /// adds. `top`, if not null, takes the first two rows, [2][W][C], instead of dx: the tiles above are
-  /// another's.
-  void save_tile(const TilePanels& v, int64_t at, const Tile& tile, int64_t begin, int64_t end,
-                 float* top) const {
+  /// adds.
+  void save_tile(const TilePanels& v, int64_t at, const Tile& tile, int64_t begin, int64_t end) const {
     const int64_t h = tile.p - padding, w = tile.q - padding;
     const bool inside = h >= 0 && w >= 0 && h + kIn <= H && w + kIn <= W;
-    const bool plain = inside && tile.p > 0 && tile.q > 0 && top == nullptr;
     float* out = dx + ((tile.n * H + h) * W + w) * C;
-    const auto transform = [&](const auto& save) {
-      for_each_vector(end - begin, [&](int64_t i, auto lanes) {
-        const int64_t c = begin + i;
-        const float* products = v.channel(at, c);
-        transform_square<kIn, kIn>(
-            transform_input_gradient,
-            [&](int r, int t) { return load(products + (kIn * r + t) * v.component_floats); },
-            [&](int r, int t, Vec d) { save(r, t, d, c, lanes); });
-      });
-    };
-    if (plain) {
-      transform([&](int i, int j, Vec d, int64_t c, auto lanes) {
+    if (inside && tile.p > 0 && tile.q > 0) {
+      save_gradient_tile(v, at, begin, end, [&](int i, int j, Vec d, int64_t c, auto lanes) {
         float* to = out + (i * W + j) * C + c;
         if (j >= kIn - kOut) __builtin_prefetch(to + kOut * C, /*rw=*/1);  // what the tile to the right adds
         store(to, i < kIn - kOut || j < kIn - kOut ? load(to, lanes) + d : d, lanes);
       });
     } else {
-      transform([&](int i, int j, Vec d, int64_t c, auto lanes) {
+      save_gradient_tile(v, at, begin, end, [&](int i, int j, Vec d, int64_t c, auto lanes) {
         if (h + i < 0 || h + i >= H || w + j < 0 || w + j >= W) return;
-        const bool above = i < kIn - kOut && tile.p > 0, left = j < kIn - kOut && tile.q > 0;
-        float* to = above && top != nullptr ? top + (i * W + w + j) * C + c : out + (i * W + j) * C + c;
-        store(to, left || (above && top == nullptr) ? load(to, lanes) + d : d, lanes);
+        const bool overlaps = (i < kIn - kOut && tile.p > 0) || (j < kIn - kOut && tile.q > 0);
+        float* to = out + (i * W + j) * C + c;
+        store(to, overlaps ? load(to, lanes) + d : d, lanes);
       });
     }
+  }
+};
+
+/// The rows of dX that the current row of tiles reaches, in L2: [kRows][W][C], row h in slot h % kRows.
+struct GradientRows {
+  static constexpr int64_t kRows = 8;  // 6 are reached; a power of two
+  float* rows;
+  int64_t H, W, C, padding;
+
+  float* row(int64_t h) const { return rows + (h & (kRows - 1)) * W * C; }
+
+  /// A tile whose dV is tile `at` of v; `above` if the row of tiles above has been added up here.
+  void save_tile(const TilePanels& v, int64_t at, const Tile& tile, bool above) const {
+    const int64_t h = tile.p - padding, w = tile.q - padding;
+    const bool inside = h >= 0 && w >= 0 && h + kIn <= H && w + kIn <= W;
+    float* out[kIn];
+    for (int i = 0; i < kIn; ++i) out[i] = row(h + i) + w * C;
+    if (inside && above && tile.q > 0) {
+      save_gradient_tile(v, at, 0, C, [&](int i, int j, Vec d, int64_t c, auto lanes) {
+        float* to = out[i] + j * C + c;
+        store(to, i < kIn - kOut || j < kIn - kOut ? load(to, lanes) + d : d, lanes);
+      });
+    } else {
+      save_gradient_tile(v, at, 0, C, [&](int i, int j, Vec d, int64_t c, auto lanes) {
+        if (h + i < 0 || h + i >= H || w + j < 0 || w + j >= W) return;
+        const bool overlaps = (i < kIn - kOut && above) || (j < kIn - kOut && tile.q > 0);
+        float* to = out[i] + j * C + c;
+        store(to, overlaps ? load(to, lanes) + d : d, lanes);
+      });
+    }
+  }
+};
+
+/// What becomes of a finished row of dX: it is written. A sink's take(input, slot, n, h, row) is called once
+/// for each row of each image; `input` is the convolution's own, with row h held, and rows of one slot come
+/// in an order of their own that does not depend on the threads.
+struct StoreRows {
+  float* dx;  // [N,H,W,C], or null: not wanted
+  int64_t H, W, C, floats;
+  bool streamed = streams(dx, C, floats);
+
+  static StoreRows of(float* dx, const ConvShape& s) {
+    return {.dx = dx, .H = s.H, .W = s.W, .C = s.C, .floats = s.N * s.H * s.W * s.C};
+  }
+  bool wanted() const { return dx != nullptr; }
+
+  template <class Input>
+  void take(const Input&, int64_t, int64_t n, int64_t h, const float* row) const {
+    float* out = dx + (n * H + h) * W * C;
+    if (!streamed) {
+      std::copy(row, row + W * C, out);
+      return;
+    }
+    for (int64_t i = 0; i < W * C; i += kLanes) stream(out + i, load(row + i));
   }
 };
 
@@ -661,23 +718,28 @@ inline void transform_filter_gradients(const float* du, int64_t pieces, int64_t 
   });
 }
 
+/// Floats of dU.
+inline int64_t filter_gradient_floats(const ConvShape& s) {
+  return kComponents * ceil_div(s.K, kTileColumns) * s.C * kTileColumns;
+}
+/// Whether the backward pass works in pieces, and so gives finished rows of dX to its sink. Otherwise dX is
+/// only written.
+inline bool backward_in_pieces(const ConvShape& s) { return filter_gradient_floats(s) * 4 <= kPieceBytes; }
+
 /// The three gradients of a convolution. `Input` is the source of x, `Gradient` that of the gradient at its
-/// output.
-template <class Operands, class Input, class Gradient>
+/// output, `Sink` takes dX: StoreRows or what has its members.
+template <class Operands, class Input, class Gradient, class Sink>
 class WinogradBackward {
  public:
   WinogradBackward(const ConvShape& s, const Input& input, const Gradient& gradient, const float* weight,
-                   float* dx)
-      : s_(s),
-        input_(input),
-        gradient_(gradient),
-        dx_{.dx = dx, .H = s.H, .W = s.W, .C = s.C, .padding = s.padding} {
-    if (dx != nullptr) filter_ = transform_filters<Operands>(weight, filter_shape_);
+                   const Sink& sink)
+      : s_(s), input_(input), gradient_(gradient), sink_(sink) {
+    if (sink.wanted()) filter_ = transform_filters<Operands>(weight, filter_shape_);
   }
 
   /// dw [K,C,3,3]; db [K] if it is not null.
   void run(float* dw, float* db) {
-    const bool in_pieces = du_floats_ * 4 <= kPieceBytes;
+    const bool in_pieces = backward_in_pieces(s_);
     const int64_t tile_floats = kComponents * (s_.C + s_.K);
     const int64_t afforded =
         std::clamp(grid_.tiles * tile_floats / (6 * du_floats_), kLeastPieces, kMostPieces);
@@ -708,11 +770,12 @@ class WinogradBackward {
   }
 
   /// V and dM of the tiles [begin, end), from tile `at` of v and m on.
-  void transform(int64_t begin, int64_t end, const TilePanels& v, const TilePanels& m, int64_t at,
-                 float* sum) const {
+  void transform(Input& input, int64_t begin, int64_t end, const TilePanels& v, const TilePanels& m,
+                 int64_t at, float* sum) const {
     for_each_grid_tile(grid_, begin, end, [&](const Tile& tile, int64_t i) {
-      load_input_tile<Operands, SumOver::kTiles>(input_, tile.n, tile.p - s_.padding, tile.q - s_.padding, v,
-                                                 at + i);
+      const int64_t h = tile.p - s_.padding, w = tile.q - s_.padding;
+      if (i == 0 || tile.q == 0) input.hold(tile.n, h, h + kIn);
+      load_input_tile<Operands, SumOver::kTiles>(input, tile.n, h, w, v, at + i);
       load_gradient_tile<Operands>(gradient_, tile, m, at + i, sum);
     });
   }
@@ -728,44 +791,95 @@ class WinogradBackward {
   }
 
   void run_pieces(int64_t pieces) const {
-    const int64_t tile_rows = grid_.N * grid_.rows, block = tiles_in(kBlockBytes, 1);
+    const int64_t tile_rows = grid_.N * grid_.rows, columns = grid_.columns;
+    // A block is of whole rows of tiles or a part of one, so that it does not reach into a row that it cannot
+    // finish.
+    const int64_t most = tiles_in(kBlockBytes, 1), block_rows = std::max<int64_t>(1, most / columns);
+    const int64_t parts = ceil_div(columns, most), block = std::min(most, block_rows * columns);
     const auto first_row = [=](int64_t piece) { return piece * tile_rows / pieces; };
-    // A piece that starts within an image keeps what it adds to the rows of the piece before apart.
-    const int64_t top_floats = (kIn - kOut) * s_.W * s_.C;
-    float* tops = workspace(Purpose::kRows, filter_ == nullptr ? 0 : pieces * top_floats);
+    // What a piece that begins or ends within an image adds to the two rows that it shares with its
+    // neighbour: [piece][its top, its bottom][2][W][C].
+    const int64_t row_floats = s_.W * s_.C, shared_floats = (kIn - kOut) * row_floats;
+    float* shared = workspace(Purpose::kRows, filter_ == nullptr ? 0 : 2 * pieces * shared_floats);
     torch::stable::parallel_for(0, pieces, 1, [&](int64_t first_piece, int64_t last_piece) {
       const TilePanels v(Purpose::kInputPanel, s_.C, block), m(Purpose::kGradientPanel, s_.K, block);
+      const int64_t ring_floats = filter_ == nullptr ? 0 : GradientRows::kRows * row_floats;
+      const GradientRows rows{.rows = workspace(Purpose::kGradientRows, ring_floats),
+                              .H = s_.H,
+                              .W = s_.W,
+                              .C = s_.C,
+                              .padding = s_.padding};
+      Input input = input_;
       ReadAhead ahead;
       PhaseClock clock;
       for (int64_t piece = first_piece; piece < last_piece; ++piece) {
-        const int64_t begin = first_row(piece) * grid_.columns, end = first_row(piece + 1) * grid_.columns;
-        const int64_t top_end = first_row(piece) % grid_.rows == 0 ? begin : begin + grid_.columns;
-        for (int64_t first = begin; first < end; first += block) {
-          const int64_t last = std::min(end, first + block), next_last = std::min(end, last + block);
-          ahead.clear();
-          add_reads(input_, grid_, last, next_last, kIn, s_.padding, ahead);
-          add_reads(gradient_, grid_, last, next_last, kOut, 0, ahead);
-          ahead.spread(chunk_calls(filter_shape_, last - first));
-          transform(first, last, v, m, 0, partial_db_ + piece * s_.K);
-          clock.end(Phase::kInputTransform);
-          for (int64_t component = 0; component < kComponents; ++component) {
-            multiply(component, v, m, last - first, first > begin, du_ + piece * du_floats_, ahead);
+        const int64_t begin = first_row(piece), end = first_row(piece + 1);
+        float* top = shared + 2 * piece * shared_floats;
+        for (int64_t row = begin; row < end; row += block_rows) {
+          const int64_t row_end = std::min(end, row + block_rows);
+          for (int64_t part = 0; part < parts; ++part) {
+            const int64_t first = row * columns + part * columns / parts;
+            const int64_t last = parts > 1 ? row * columns + (part + 1) * columns / parts : row_end * columns;
+            ahead.clear();
+            const int64_t next_last = std::min(end * columns, last + (last - first));
+            add_reads(input_, grid_, last, next_last, kIn, s_.padding, ahead);
+            add_reads(gradient_, grid_, last, next_last, kOut, 0, ahead);
+            ahead.spread(chunk_calls(filter_shape_, last - first));
+            transform(input, first, last, v, m, 0, partial_db_ + piece * s_.K);
+            clock.end(Phase::kInputTransform);
+            for (int64_t component = 0; component < kComponents; ++component) {
+              multiply(component, v, m, last - first, first > begin * columns, du_ + piece * du_floats_,
+                       ahead);
+            }
+            clock.end(Phase::kProducts);
+            if (filter_ == nullptr) continue;
+            for_each_grid_tile(grid_, first, last, [&](const Tile& tile, int64_t i) {
+              const int64_t tile_row = (first + i) / columns;
+              rows.save_tile(v, i, tile, tile.p > 0 && tile_row > begin);
+              if (tile.q + kOut < grid_.Q) return;
+              finish_rows(input, rows, piece, tile, tile_row == begin, tile_row + 1 == end, top);
+            });
+            clock.end(Phase::kOutputTransform);
           }
-          clock.end(Phase::kProducts);
-          if (filter_ == nullptr) continue;
-          for_each_grid_tile(grid_, first, last, [&](const Tile& tile, int64_t i) {
-            dx_.save_tile(v, i, tile, 0, s_.C, first + i < top_end ? tops + piece * top_floats : nullptr);
-          });
-          clock.end(Phase::kOutputTransform);
         }
       }
+      stream_fence();
     });
-    for (int64_t piece = 0; filter_ != nullptr && piece < pieces; ++piece) {
+    Input input = input_;
+    for (int64_t piece = 1; filter_ != nullptr && piece < pieces; ++piece) {
       const int64_t n = first_row(piece) / grid_.rows, row = first_row(piece) % grid_.rows;
       if (row == 0) continue;
-      const float* top = tops + piece * top_floats;
-      float* out = dx_.dx + (n * s_.H + row * kOut - s_.padding) * s_.W * s_.C;
-      for (int64_t i = 0; i < top_floats; ++i) out[i] += top[i];
+      const float* bottom = shared + (2 * piece - 1) * shared_floats;  // of the piece before
+      float* top = shared + 2 * piece * shared_floats;
+      for (int64_t i = 0; i < kIn - kOut; ++i) {
+        const int64_t h = row * kOut - s_.padding + i;
+        if (h >= s_.H) continue;
+        for (int64_t j = i * row_floats; j < (i + 1) * row_floats; ++j) top[j] = bottom[j] + top[j];
+        input.hold(n, h, h + 1);
+        sink_.take(input, pieces + piece, n, h, top + i * row_floats);
+      }
+    }
+    stream_fence();
+  }
+
+  /// After the last tile of a row of tiles: the rows of dX that no other row of tiles reaches.
+  void finish_rows(Input& input, const GradientRows& rows, int64_t piece, const Tile& tile, bool first,
+                   bool last, float* top) const {
+    const int64_t shared = kIn - kOut, row_floats = s_.W * s_.C;
+    const int64_t begin = tile.p - s_.padding;
+    const bool image_first = tile.p == 0, image_last = tile.p + kOut >= grid_.P;
+    const int64_t end = image_last ? std::min(s_.H, begin + kIn) : begin + kOut;
+    const bool keep_top = first && !image_first, keep_bottom = last && !image_last;
+    for (int64_t h = std::max<int64_t>(0, begin); h < end; ++h) {
+      if (keep_top && h < begin + shared) {
+        std::copy_n(rows.row(h), row_floats, top + (h - begin) * row_floats);
+      } else {
+        input.hold(tile.n, h, h + 1);
+        sink_.take(input, piece, tile.n, h, rows.row(h));
+      }
+    }
+    for (int64_t i = 0; keep_bottom && i < shared; ++i) {
+      if (end + i < s_.H) std::copy_n(rows.row(end + i), row_floats, top + (shared + i) * row_floats);
     }
   }
 
@@ -776,7 +890,8 @@ class WinogradBackward {
       const int64_t last = std::min(grid_.tiles, first + batch);
       in_parallel(ceil_div(last - first, kGroupTiles), Phase::kInputTransform, [&](int64_t task) {
         const int64_t begin = first + task * kGroupTiles, group = begin / kGroupTiles;
-        transform(begin, std::min(last, begin + kGroupTiles), v, m, begin - first,
+        Input input = input_;
+        transform(input, begin, std::min(last, begin + kGroupTiles), v, m, begin - first,
                   partial_db_ + group * s_.K);
       });
       in_parallel(kComponents, Phase::kProducts, [&](int64_t component) {
@@ -784,13 +899,14 @@ class WinogradBackward {
         multiply(component, v, m, last - first, first > 0, du_, nothing);
       });
       if (filter_ == nullptr) continue;
+      const InputGradient dx{.dx = sink_.dx, .H = s_.H, .W = s_.W, .C = s_.C, .padding = s_.padding};
       const int64_t first_image = first / image_tiles, images = ceil_div(last, image_tiles) - first_image;
       in_parallel(images * v.panels, Phase::kOutputTransform, [&](int64_t task) {
         const int64_t image = first_image + task / v.panels, c = task % v.panels * kTileColumns;
         const int64_t begin = std::max(first, image * image_tiles),
                       end = std::min(last, (image + 1) * image_tiles);
         for_each_grid_tile(grid_, begin, end, [&](const Tile& tile, int64_t i) {
-          dx_.save_tile(v, begin - first + i, tile, c, std::min(s_.C, c + kTileColumns), nullptr);
+          dx.save_tile(v, begin - first + i, tile, c, std::min(s_.C, c + kTileColumns));
         });
       });
     }
@@ -807,10 +923,10 @@ class WinogradBackward {
 
   const ConvShape s_;
   const TileGrid grid_{.N = s_.N, .P = s_.P, .Q = s_.Q};
-  const int64_t du_floats_ = kComponents * ceil_div(s_.K, kTileColumns) * s_.C * kTileColumns;
+  const int64_t du_floats_ = filter_gradient_floats(s_);
   const Input input_;
   const Gradient gradient_;
-  const InputGradient dx_;
+  const Sink sink_;
   const FilterShape filter_shape_ = FilterShape::backward(s_.K, s_.C);
   const typename Operands::Element* filter_ = nullptr;  // if dx is wanted
   float* du_ = nullptr;                                 // [piece][36][panel of K][C][kTileColumns]

@@ -2,7 +2,9 @@
 // pixel; what it computes on the way (ReLU mask, max-pool expansion, batch-norm gradient) is thus fused
 // into the load and never stored as a tensor. It can also ask for a pixel's cache lines ahead of time,
 // because the strides of a tile's rows and pixels are beyond what processors foresee, and name the stretches
-// of memory that some pixels of a row lie in (read_ahead.h).
+// of memory that some pixels of a row lie in (read_ahead.h). Sources of a convolution's input are told by
+// hold() which rows are read next, by each thread on a copy of its own (conv_patches.h has one that computes
+// them).
 #pragma once
 
 #include <algorithm>
@@ -22,6 +24,7 @@ struct Activation {
   int64_t H, W, C;
 
   const float* row(int64_t n, int64_t h) const { return x + (n * H + h) * W * C; }
+  void hold(int64_t, int64_t, int64_t) {}
   Vec load(int64_t n, int64_t h, int64_t w, int64_t c, int64_t lanes) const {
     return maskcore::load(row(n, h) + w * C + c, lanes);
   }
@@ -29,6 +32,27 @@ struct Activation {
     __builtin_prefetch(row(n, h) + w * C + c);
   }
   /// f(begin, floats) for each stretch of the pixels [w, w + pixels) of a row.
+  template <class F>
+  void for_each_run(int64_t n, int64_t h, int64_t w, int64_t pixels, const F& f) const {
+    f(row(n, h) + w * C, pixels * C);
+  }
+};
+
+/// relu(scale z + shift): what batch normalisation and ReLU make of a convolution's output z.
+struct NormalizedActivation {
+  const float* z;              // [N,H,W,C]
+  const float *scale, *shift;  // [C]
+  int64_t H, W, C;
+
+  const float* row(int64_t n, int64_t h) const { return z + (n * H + h) * W * C; }
+  void hold(int64_t, int64_t, int64_t) {}
+  Vec load(int64_t n, int64_t h, int64_t w, int64_t c, int64_t lanes) const {
+    const Vec z_c = maskcore::load(row(n, h) + w * C + c, lanes);
+    return relu(maskcore::load(scale + c, lanes) * z_c + maskcore::load(shift + c, lanes));
+  }
+  void prefetch(int64_t n, int64_t h, int64_t w, int64_t c) const {
+    __builtin_prefetch(row(n, h) + w * C + c);
+  }
   template <class F>
   void for_each_run(int64_t n, int64_t h, int64_t w, int64_t pixels, const F& f) const {
     f(row(n, h) + w * C, pixels * C);

@@ -22,6 +22,11 @@ enum class Purpose : std::uint8_t {
   kGradientPanel,
   kPartial,
   kStatistics,
+  kPackedFilter,
+  kHeldInput,
+  kHeldRows,
+  kGradientRows,
+  kPatches,
   kCount
 };
 
