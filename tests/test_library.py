@@ -74,6 +74,14 @@ def test_an_instruction_set_that_is_not_there_is_refused(isa: str) -> None:
     assert found.stderr.strip().splitlines()[-1] == f"ImportError: {expected}"
 
 
+@pytest.mark.parametrize("module", ["maskcore", "maskcore.summary"])
+def test_a_command_refuses_in_one_sentence(module: str) -> None:
+    found = run("-m", module, "summary", isa="sse9")
+    assert found.returncode == 2
+    assert found.stderr.startswith("maskcore: error: MASKCORE_ISA=sse9 cannot be used")
+    assert found.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("isa", _library.INSTRUCTION_SETS)
 def test_operators_of_the_other_instruction_sets(isa: str) -> None:
     if isa == _library.load():
