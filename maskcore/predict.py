@@ -129,11 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _predict(namespace: argparse.Namespace) -> int:
-    for target in (namespace.csv, namespace.json):
-        if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
-            raise UserError(f"there is no folder to write {target} into")
-    if namespace.csv == "-":
-        raise UserError("csv must be a file's name; - is for --json")
+    _check_targets(namespace.csv, namespace.json)
     device = machine.use_flags(namespace)
     network, meta = load_model(namespace.checkpoint)
     named = list(_named(namespace.pictures))
@@ -169,9 +165,27 @@ def _predict(namespace: argparse.Namespace) -> int:
     return 0
 
 
+def _check_targets(csv: str | None, json_: str | None) -> None:
+    """Refuses files that could not be written, before any work is done for them."""
+    for name, target in (("csv", csv), ("json", json_)):
+        if target is None or (name, target) == ("json", "-"):
+            continue
+        path = Path(target).absolute()
+        if target in ("", "-"):
+            raise UserError(f"{name} must be a file's name" + "; - is for --json" * (target == "-"))
+        if not path.parent.is_dir():
+            raise UserError(f"there is no folder to write {target} into")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{target} is no regular file: give --{name} another name")
+    if csv is not None and json_ is not None and Path(csv).resolve() == Path(json_).resolve():
+        raise UserError(f"csv and json are both {csv}: give them different names")
+
+
 def _named(arguments: Sequence[str]) -> Iterator[tuple[str, Path]]:
     """The pictures meant, each with the name it is reported under."""
     for argument in arguments:
+        if not argument:
+            raise UserError("a picture has an empty name; . is this folder")
         path = Path(argument)
         if path.is_dir():
             files = files_in(path)

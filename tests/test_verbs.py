@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -317,6 +318,11 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "predict no picture": ("predict", ["RUN", "text"], "none of the files"),
     "predict into nowhere": ("predict", ["RUN", "text", "--csv", "no/s.csv"], "no folder to write"),
     "predict csv to stdout": ("predict", ["RUN", "text", "--csv", "-"], "csv must be a file"),
+    "predict csv no name": ("predict", ["RUN", "text", "--csv", ""], "csv must be a file"),
+    "predict csv is a folder": ("predict", ["RUN", "text", "--csv", "empty"], "empty is no regular file"),
+    "predict json to a device": ("predict", ["RUN", "text", "--json", os.devnull], "no regular file"),
+    "predict both in one": ("predict", ["RUN", "text", "--csv", "a", "--json", "./a"], "different names"),
+    "predict no name": ("predict", ["RUN", ""], "empty name"),
     "predict by a text": ("predict", ["text", "text"], "cannot be used as a checkpoint"),
     "export no format": ("export", ["RUN"], "--format"),
     "export format": ("export", ["RUN", "--format", "pickle"], "format"),
@@ -325,6 +331,12 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "summary of nothing": ("summary", ["resnet"], "neither a network"),
     "summary too small": ("summary", ["final", "--image-size", "20"], "too small"),
     "summary size of a run": ("summary", ["RUN", "--image-size", "64"], "leave the flags out"),
+    "export to a device": (
+        "export",
+        ["RUN", "--format", "safetensors", "--out", os.devnull],
+        "no regular file",
+    ),
+    "summary many classes": ("summary", ["final", "--num-classes", "9" * 30], "at most 100000"),
     "summary classes": ("summary", ["final", "--num-classes", "1"], "at least 2 classes"),
 }
 
