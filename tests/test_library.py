@@ -20,8 +20,8 @@ HERE = Path(__file__).parent  # and not the source folder, whose package comes b
 AVAILABLE = _library.available()
 
 
-def run(*arguments: str, isa: str | None) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "MASKCORE_ISA"}
+def run(*arguments: str, isa: str | None, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "MASKCORE_ISA"} | variables
     if isa is not None:
         environment["MASKCORE_ISA"] = isa
     return subprocess.run(
@@ -80,6 +80,9 @@ def test_a_command_refuses_in_one_sentence(module: str) -> None:
     assert found.returncode == 2
     assert found.stderr.startswith("maskcore: error: MASKCORE_ISA=sse9 cannot be used")
     assert found.stderr.count("\n") == 1
+    found = run("-m", module, "summary", isa=None, MASKCORE_CONV="fft")
+    assert found.returncode == 2
+    assert found.stderr == "maskcore: error: MASKCORE_CONV must be direct or winograd, is fft\n"
 
 
 @pytest.mark.parametrize("isa", _library.INSTRUCTION_SETS)
