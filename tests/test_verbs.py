@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,33 @@ def test_predict_and_training_see_the_same_picture(trained: Path, folder: Path, 
     data.decode(folder / "training" / "10004.jpg").save(turned)
     upright = predictions(trained, tmp_path / "u.json", turned)
     assert upright["upright.png"]["probabilities"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_evaluation_and_exports_see_it_too(trained: Path, folder: Path, tmp_path: Path) -> None:
+    """The picture on its side: evaluate measures it, and an export says how to read it, as predict does."""
+    found = predictions(trained, tmp_path / "p.json", folder / "training")
+    # With labels that are all wrong every picture is in the list of mistakes.
+    copied = tmp_path / "wrong-labels"
+    shutil.copytree(folder, copied)
+    labels = {name: (entry["code"] + 1) % 3 for name, entry in found.items()}
+    (copied / "train_gt.json").write_text(json.dumps(labels))
+    assert verb("evaluate", trained, "--data", copied, "--out", tmp_path / "out") == 0
+    with (tmp_path / "out/mistakes.csv").open(newline="") as file:
+        rows = {Path(row["file"]).name: row for row in csv.DictReader(file)}
+    assert rows.keys() == found.keys()
+    for name, row in rows.items():
+        assert row["predicted"] == found[name]["class"]
+        assert float(row["probability"]) == pytest.approx(
+            max(found[name]["probabilities"].values()), abs=2e-6
+        )
+    path = tmp_path / "net.pt2"
+    assert verb("export", trained, "--format", "torch", "--out", path) == 0
+    extra = {"maskcore": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    preprocess = data.Preprocess.from_dict(json.loads(extra["maskcore"])["preprocess"])
+    pixels = data.load(folder / "training" / "10004.jpg", preprocess)
+    (probabilities,) = program(data.network_input(pixels[None]).contiguous()).tolist()
+    assert probabilities == pytest.approx(list(found["10004.jpg"]["probabilities"].values()), abs=1e-4)
 
 
 def test_submission_has_the_competitions_form(trained: Path, folder: Path, tmp_path: Path) -> None:
