@@ -134,7 +134,6 @@ def _predict(namespace: argparse.Namespace) -> int:
     network, meta = load_model(namespace.checkpoint)
     named = list(_named(namespace.pictures))
     results: list[tuple[str, Classified]] = []
-    to_screen = namespace.csv is None and namespace.json is None
     with Progress("predicting", len(named)) as progress:
         outcomes = classify(
             models.for_inference(network.to(device), namespace.precision),
@@ -144,12 +143,10 @@ def _predict(namespace: argparse.Namespace) -> int:
         )
         for (name, _), outcome in zip(named, outcomes, strict=True):
             results.append((name, outcome))
-            # On the screen itself the lines are the progress.
-            if not to_screen:
-                progress.add(1)
+            progress.add(1)
     good = [(name, r) for name, r in results if r.logits is not None]
     bad = [(name, r) for name, r in results if r.logits is None]
-    if to_screen:
+    if namespace.csv is None and namespace.json is None:
         _print_table(good, meta.classes)
     if namespace.csv is not None:
         rows = ((name, int(r.probabilities.argmax())) for name, r in good)

@@ -220,6 +220,17 @@ def test_bad_files_are_listed_and_not_fatal(trained: Path, folder: Path, tmp_pat
     assert verb("predict", trained, mixed / "notes.txt") == 2
 
 
+def test_the_bar_counts_whatever_is_written(
+    trained: Path, folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(predict.Progress, "add", lambda _, count: counted.append(count))
+    for output in ([], ["--csv", tmp_path / "s.csv"]):
+        counted.clear()
+        assert verb("predict", trained, folder / "training", *output) == 0
+        assert sum(counted) == 30
+
+
 def test_more_pictures_than_fit_a_batch(trained: Path, folder: Path) -> None:
     network, meta = checkpoint.load_model(trained)
     paths = sorted((folder / "training").iterdir())
