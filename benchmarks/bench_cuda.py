@@ -7,6 +7,7 @@ docs/cuda_roofline.md has the times that the bytes and operations of these steps
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -89,20 +90,42 @@ def _peer(network: models.Network, engine: str, device: torch.device) -> Any:
     return torch.compile(twin, mode="max-autotune") if "compile" in engine else twin
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("batch", BATCHES)
-def bench_cuda_training_step(
-    device: torch.device,
-    measure: Callable[..., None],
-    image_size: int,
-    engine: str,
-    precision: ops.Precision,
-    batch: int,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An engine at a precision and a batch: the network, on the GPU, and pictures for it."""
+
+    engine: str
+    precision: ops.Precision
+    device: torch.device
+    network: models.Network
+    stored: data.StoredBatch
+
+
+@pytest.fixture(params=BATCHES)
+def batch(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture(params=PRECISIONS)
+def precision(request: pytest.FixtureRequest) -> ops.Precision:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def case(device: torch.device, image_size: int, batch: int, precision: ops.Precision, engine: str) -> Case:
+    network = models.create("final", image_size=image_size, precision=precision, seed=0).to(device)
+    return Case(engine, precision, device, network, _stored(batch, image_size))
+
+
+def bench_cuda_training_step(case: Case, measure: Callable[..., None]) -> None:
     """Forward, loss, backward, Adam with L2. The graph's rows have the upload and the augmentation besides."""
-    network = models.create("final", image_size=image_size, precision=precision, seed=0).to(device).train()
-    stored = _stored(batch, image_size)
+    network, stored, device = case.network.train(), case.stored, case.device
+    engine, precision, batch = case.engine, case.precision, len(case.stored.labels)
     target = stored.labels.to(device)
     with tf32_allowed():
         if engine.startswith("maskcore"):
@@ -132,21 +155,11 @@ def bench_cuda_training_step(
         measure(step, batch)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("batch", BATCHES)
-def bench_cuda_inference(
-    device: torch.device,
-    measure: Callable[..., None],
-    image_size: int,
-    engine: str,
-    precision: ops.Precision,
-    batch: int,
-) -> None:
-    network = models.create("final", image_size=image_size, precision=precision, seed=0).to(device).eval()
-    stored = _stored(batch, image_size)
+def bench_cuda_inference(case: Case, measure: Callable[..., None]) -> None:
+    network, device = case.network.eval(), case.device
+    engine, precision, batch = case.engine, case.precision, len(case.stored.labels)
     with tf32_allowed(), torch.inference_mode():
-        x = _images(stored, device, torch.float32)
+        x = _images(case.stored, device, torch.float32)
         expected = models.torch_twin(network)(x)
         if engine.startswith("maskcore"):
             fast = models.for_inference(network)

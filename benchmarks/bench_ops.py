@@ -76,6 +76,22 @@ def bench_conv_backward(compare: Compare, conv: models.Placed, batch_size: int) 
     compare(lambda: gradient(graphs[0]), lambda: gradient(graphs[1]), flops=flops)
 
 
+@pytest.mark.parametrize("block", [1, 2, 3, 4])
+def bench_conv_bn_relu(compare: Compare, block: int, batch_size: int, image_size: int) -> None:
+    """The inference form of a block's first convolution; the normalisation is folded into the filter in each call."""
+    at = next(at for at in models.place("final", image_size=image_size) if at.name == f"block{block}_conv1")
+    case = _conv_case(at, batch_size)
+    K = at.output_shape[-1]
+    operands: list[Any] = [*case.operands, torch.randn(K), torch.rand(K) + 0.5]
+    with torch.no_grad():
+        _assert_close(ops.conv_bn_relu(*operands), ops.conv_bn_relu_reference(*operands))
+        compare(
+            lambda: ops.conv_bn_relu(*operands),
+            lambda: ops.conv_bn_relu_reference(*operands),
+            flops=case.flops,
+        )
+
+
 @pytest.mark.parametrize("channels", [32, 256])
 def bench_max_pool_forward(compare: Compare, channels: int, batch_size: int) -> None:
     x = _image(batch_size, 128, 128, channels)
@@ -96,14 +112,42 @@ def bench_max_pool_backward(compare: Compare, channels: int, batch_size: int) ->
     compare(lambda: gradient(ours), lambda: gradient(theirs), bytes=x.nbytes + x.nbytes // 4)
 
 
-def bench_dense(compare: Compare, batch_size: int, image_size: int) -> None:
-    """The large dense layer: at these batches bound by reading its weights once."""
+def _large_dense(batch_size: int, image_size: int) -> list[Tensor]:
+    """Input, weight and bias of the large dense layer."""
     at = next(at for at in models.place("final", image_size=image_size) if at.name == "dense1")
-    x = torch.randn(batch_size, at.input_shape[0])
-    weight, bias = torch.randn(at.output_shape[0], at.input_shape[0]) / 100, torch.randn(at.output_shape[0])
+    (inputs,), (outputs,) = at.input_shape, at.output_shape
+    return [torch.randn(batch_size, inputs), torch.randn(outputs, inputs) / 100, torch.randn(outputs)]
+
+
+def bench_dense_forward(compare: Compare, batch_size: int, image_size: int) -> None:
+    """At these batches bound by reading the weights once."""
+    x, weight, bias = _large_dense(batch_size, image_size)
     theirs = lambda: F.relu(F.linear(x, weight, bias))  # noqa: E731
     _assert_close(ops.dense(x, weight, bias, relu=True), theirs())
     compare(lambda: ops.dense(x, weight, bias, relu=True), theirs, bytes=weight.nbytes)
+
+
+def bench_dense_backward(compare: Compare, batch_size: int, image_size: int) -> None:
+    """The weights are read and their gradient is written."""
+    x, weight, bias = operands = [t.requires_grad_() for t in _large_dense(batch_size, image_size)]
+    ours, theirs = ops.dense(x, weight, bias, relu=True), F.relu(F.linear(x, weight, bias))
+    dy = torch.randn_like(ours).masked_fill_((ours > 0) & (ours < 1e-3), 0)  # its sign may hang on rounding
+
+    def gradient(y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, operands, dy, retain_graph=True)
+
+    for one, other in zip(gradient(ours), gradient(theirs), strict=True):
+        _assert_close(one, other)
+    compare(lambda: gradient(ours), lambda: gradient(theirs), bytes=2 * weight.nbytes)
+
+
+def bench_dropout(compare: Compare, batch_size: int, image_size: int) -> None:
+    """On the flattened pictures, forward; masks differ, so that the shares that stay are what is compared."""
+    x = _large_dense(batch_size, image_size)[0].abs_() + 1
+    seed = torch.zeros(1, dtype=torch.int64)
+    for y in (ops.dropout(x, seed, 0.5), F.dropout(x, 0.5)):
+        assert abs(float((y != 0).float().mean()) - 0.5) < 0.02
+    compare(lambda: ops.dropout(x, seed, 0.5), lambda: F.dropout(x, 0.5), bytes=2 * x.nbytes)
 
 
 def bench_softmax_cross_entropy(compare: Compare, batch_size: int) -> None:

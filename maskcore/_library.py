@@ -53,6 +53,9 @@ def _choose() -> str:
 def load() -> str:
     """Loads the kernels once and returns the instruction set they were compiled for."""
     isa = _choose()
+    algorithm = os.environ.get("MASKCORE_CONV") or "winograd"
+    if algorithm not in ("direct", "winograd"):  # the kernels would say so in the middle of a run
+        raise ImportError(f"MASKCORE_CONV must be direct or winograd, is {algorithm}")
     torch.ops.load_library(str(_built()[isa]))
     if torch.cuda.is_available():
         _load_cuda()

@@ -106,16 +106,19 @@ def versions() -> dict[str, str]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; what is written there then replaces it atomically.
 
-    Raises UserError if the disk refuses; ``path`` is then as it was.
+    Raises UserError if the disk refuses, or if ``path`` is a folder or a device; it is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))  # a link stays one
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    if target.exists() and not target.is_file():
+        raise UserError(f"cannot write {path}: what is there is no regular file")
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
         if os.name == "posix":  # a folder cannot be opened on Windows
-            folder = os.open(path.parent, os.O_RDONLY)
+            folder = os.open(target.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:

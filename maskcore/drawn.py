@@ -24,6 +24,7 @@ from maskcore.resources import processors
 
 _DRAW_AT_ONCE = 16  # pictures a task: about a second, so that Ctrl-C does not wait longer
 _WORTH_PROCESSES = 200  # fewer pictures are drawn sooner than processes start
+MAX_COUNT = 1_000_000
 
 
 def builtin(
@@ -113,10 +114,10 @@ def _put_in_place(made: Path, target: Path, room: Path) -> None:
 
 def check_drawing(count: int, seed: int, size: int | None) -> None:
     """UserError unless so many pictures of that size can be drawn."""
-    if count < 1:
-        raise UserError(f"the number of pictures must be at least 1, not {count}")
-    if seed < 0:
-        raise UserError(f"the seed of drawn pictures must be at least 0, not {seed}")
+    if not 1 <= count <= MAX_COUNT:
+        raise UserError(f"the number of pictures must be at least 1 and at most {MAX_COUNT}, not {count}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"the seed of drawn pictures must be at least 0 and below 2^63, not {seed}")
     if size is not None and not 32 <= size <= 4096:
         raise UserError(f"the size of drawn pictures must be from 32 to 4096, not {size}")
 

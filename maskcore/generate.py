@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from maskcore import commandline
-from maskcore.drawn import check_drawing, draw_pictures, write_json
+from maskcore.drawn import MAX_COUNT, check_drawing, draw_pictures, write_json
 from maskcore.errors import UserError
 from maskcore.layouts import CLASSES, CSV_HEADERS, LABELS_OF_FOLDER
 
@@ -71,8 +71,8 @@ def write_set(
         OSError: The folder cannot be written.
     """
     check_drawing(count, seed, size)
-    if test < 0:
-        raise UserError(f"the number of test pictures must be at least 0, not {test}")
+    if not 0 <= test <= MAX_COUNT:
+        raise UserError(f"the number of test pictures must be at least 0 and at most {MAX_COUNT}, not {test}")
     if layout not in LAYOUTS:
         raise UserError(f"the layout must be {', '.join(LAYOUTS)}, not {layout!r}")
     _refuse_used(folder)

@@ -129,16 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _predict(namespace: argparse.Namespace) -> int:
-    for target in (namespace.csv, namespace.json):
-        if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
-            raise UserError(f"there is no folder to write {target} into")
-    if namespace.csv == "-":
-        raise UserError("csv must be a file's name; - is for --json")
+    _check_targets(namespace.csv, namespace.json)
     device = machine.use_flags(namespace)
     network, meta = load_model(namespace.checkpoint)
     named = list(_named(namespace.pictures))
     results: list[tuple[str, Classified]] = []
-    to_screen = namespace.csv is None and namespace.json is None
     with Progress("predicting", len(named)) as progress:
         outcomes = classify(
             models.for_inference(network.to(device), namespace.precision),
@@ -148,12 +143,10 @@ def _predict(namespace: argparse.Namespace) -> int:
         )
         for (name, _), outcome in zip(named, outcomes, strict=True):
             results.append((name, outcome))
-            # On the screen itself the lines are the progress.
-            if not to_screen:
-                progress.add(1)
+            progress.add(1)
     good = [(name, r) for name, r in results if r.logits is not None]
     bad = [(name, r) for name, r in results if r.logits is None]
-    if to_screen:
+    if namespace.csv is None and namespace.json is None:
         _print_table(good, meta.classes)
     if namespace.csv is not None:
         rows = ((name, int(r.probabilities.argmax())) for name, r in good)
@@ -169,9 +162,27 @@ def _predict(namespace: argparse.Namespace) -> int:
     return 0
 
 
+def _check_targets(csv: str | None, json_: str | None) -> None:
+    """Refuses files that could not be written, before any work is done for them."""
+    for name, target in (("csv", csv), ("json", json_)):
+        if target is None or (name, target) == ("json", "-"):
+            continue
+        path = Path(target).absolute()
+        if target in ("", "-"):
+            raise UserError(f"{name} must be a file's name" + "; - is for --json" * (target == "-"))
+        if not path.parent.is_dir():
+            raise UserError(f"there is no folder to write {target} into")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{target} is no regular file: give --{name} another name")
+    if csv is not None and json_ is not None and Path(csv).resolve() == Path(json_).resolve():
+        raise UserError(f"csv and json are both {csv}: give them different names")
+
+
 def _named(arguments: Sequence[str]) -> Iterator[tuple[str, Path]]:
     """The pictures meant, each with the name it is reported under."""
     for argument in arguments:
+        if not argument:
+            raise UserError("a picture has an empty name; . is this folder")
         path = Path(argument)
         if path.is_dir():
             files = files_in(path)

@@ -115,6 +115,7 @@ class Config:
         "is decoded again each epoch",
         "data",
         low=0,
+        high=1e5,
         metavar="GB",
         resumable=True,
     )
@@ -407,6 +408,8 @@ def _check(spec: Field[Any], value: Any) -> None:
         choices = _choices(spec)
         if choices and value not in choices:
             raise UserError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
+        if "\0" in str(value):  # a TOML file can have one
+            raise UserError(f"{flag} must not have a NUL character, is {value!r}")
         return
     number: Any = value
     low, high = spec.metadata["low"], spec.metadata["high"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from maskcore import commandline, models
-from maskcore.checkpoint import locate, read_meta
+from maskcore.checkpoint import MAX_CLASSES, locate, read_meta
 from maskcore.errors import UserError
 
 
@@ -78,6 +78,8 @@ def _summary(namespace: argparse.Namespace) -> int:
     if name in models.NAMES:
         size = 256 if size is None else size
         classes = 3 if classes is None else classes
+        if classes > MAX_CLASSES:
+            raise UserError(f"num-classes must be at most {MAX_CLASSES}, not {classes}")
     elif not Path(name).exists():
         raise UserError(f"{name!r} is neither a network ({', '.join(models.NAMES)}) nor a checkpoint here")
     elif size is not None or classes is not None:

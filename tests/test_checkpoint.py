@@ -175,6 +175,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes are POSIX")
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    """Renaming over them would make a file of /dev/null, and of a link."""
+    file, link, pipe = (tmp_path / name for name in ("file", "link", "pipe"))
+    file.write_text("old")
+    link.symlink_to(file)
+    checkpoint.write_text(link, "new")
+    assert link.is_symlink()
+    assert file.read_text() == "new"
+    os.mkfifo(pipe)
+    for other in (pipe, tmp_path):
+        with pytest.raises(UserError, match="no regular file"):
+            checkpoint.write_text(other, "new")
+    assert pipe.is_fifo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "pipe"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
 def test_checkpoints_can_be_read_by_whom_the_log_can(trained: Path) -> None:
     mode = (trained / "log.csv").stat().st_mode

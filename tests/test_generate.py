@@ -57,7 +57,10 @@ def test_the_competitions_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--count", "0"], "at least 1, not 0"),
+        (["--count", "0"], "at least 1 and at most 1000000, not 0"),
+        (["--count", "9" * 20], "at most 1000000"),
+        (["--count", "3", "--test", "9" * 20], "at most 1000000"),
+        (["--count", "3", "--seed", "9" * 20], "below 2^63"),
         (["--count", "3", "--size", "8"], "from 32 to 4096"),
         (["--count", "3", "--seed", "-1"], "at least 0"),
         (["--count", "3", "--test", "-1"], "at least 0"),

@@ -20,8 +20,8 @@ HERE = Path(__file__).parent  # and not the source folder, whose package comes b
 AVAILABLE = _library.available()
 
 
-def run(*arguments: str, isa: str | None) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "MASKCORE_ISA"}
+def run(*arguments: str, isa: str | None, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "MASKCORE_ISA"} | variables
     if isa is not None:
         environment["MASKCORE_ISA"] = isa
     return subprocess.run(
@@ -72,6 +72,17 @@ def test_an_instruction_set_that_is_not_there_is_refused(isa: str) -> None:
     assert found.returncode != 0
     expected = f"MASKCORE_ISA={isa} cannot be used: this machine and build have {', '.join(AVAILABLE)}"
     assert found.stderr.strip().splitlines()[-1] == f"ImportError: {expected}"
+
+
+@pytest.mark.parametrize("module", ["maskcore", "maskcore.summary"])
+def test_a_command_refuses_in_one_sentence(module: str) -> None:
+    found = run("-m", module, "summary", isa="sse9")
+    assert found.returncode == 2
+    assert found.stderr.startswith("maskcore: error: MASKCORE_ISA=sse9 cannot be used")
+    assert found.stderr.count("\n") == 1
+    found = run("-m", module, "summary", isa=None, MASKCORE_CONV="fft")
+    assert found.returncode == 2
+    assert found.stderr == "maskcore: error: MASKCORE_CONV must be direct or winograd, is fft\n"
 
 
 @pytest.mark.parametrize("isa", _library.INSTRUCTION_SETS)

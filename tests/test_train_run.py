@@ -280,6 +280,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "lr zero": (["--lr", "0"], "lr is 0"),
     "nan": (["--lr", "nan"], "lr must be"),
     "infinite": (["--l2", "inf"], "l2 must be"),
+    "cache": (["--cache-gb", "1e300"], "cache-gb must be"),
     "share": (["--val-split", "1.5"], "val-split must be"),
     "batch": (["--batch-size", "0"], "batch-size must be"),
     "model": (["--model", "resnet"], "model"),
@@ -297,6 +298,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "unknown key": (["--config", "unknown.toml"], "did you mean 'epochs'"),
     "wrong type": (["--config", "type.toml"], "epochs must be an integer"),
     "text for a switch": (["--config", "switch.toml"], "must be true or false"),
+    "NUL in a name": (["--config", "nul.toml"], "out must not have a NUL"),
     "binary toml": (["--config", "binary.toml"], "binary.toml is not a TOML file"),
     "resume nothing": (["--resume"], "no run under runs/"),
     "resume no run": (["--resume", "full"], "full is not a run's folder"),
@@ -317,6 +319,7 @@ def test_bad_input_is_one_sentence(case: str, tmp_path: Path, monkeypatch: Any, 
     Path("unknown.toml").write_text("epoch = 3")
     Path("type.toml").write_text("epochs = 'three'")
     Path("switch.toml").write_text("vertical-flip = 'yes'")
+    Path("nul.toml").write_text('out = "a\\u0000b"')
     Path("binary.toml").write_bytes(b"\xff\xfe\x00")
     arguments, expected = BAD[case]
     before = sorted(str(path) for path in Path().rglob("*"))

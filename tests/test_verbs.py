@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +158,33 @@ def test_predict_and_training_see_the_same_picture(trained: Path, folder: Path, 
     assert upright["upright.png"]["probabilities"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_evaluation_and_exports_see_it_too(trained: Path, folder: Path, tmp_path: Path) -> None:
+    """The picture on its side: evaluate measures it, and an export says how to read it, as predict does."""
+    found = predictions(trained, tmp_path / "p.json", folder / "training")
+    # With labels that are all wrong every picture is in the list of mistakes.
+    copied = tmp_path / "wrong-labels"
+    shutil.copytree(folder, copied)
+    labels = {name: (entry["code"] + 1) % 3 for name, entry in found.items()}
+    (copied / "train_gt.json").write_text(json.dumps(labels))
+    assert verb("evaluate", trained, "--data", copied, "--out", tmp_path / "out") == 0
+    with (tmp_path / "out/mistakes.csv").open(newline="") as file:
+        rows = {Path(row["file"]).name: row for row in csv.DictReader(file)}
+    assert rows.keys() == found.keys()
+    for name, row in rows.items():
+        assert row["predicted"] == found[name]["class"]
+        assert float(row["probability"]) == pytest.approx(
+            max(found[name]["probabilities"].values()), abs=2e-6
+        )
+    path = tmp_path / "net.pt2"
+    assert verb("export", trained, "--format", "torch", "--out", path) == 0
+    extra = {"maskcore": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    preprocess = data.Preprocess.from_dict(json.loads(extra["maskcore"])["preprocess"])
+    pixels = data.load(folder / "training" / "10004.jpg", preprocess)
+    (probabilities,) = program(data.network_input(pixels[None]).contiguous()).tolist()
+    assert probabilities == pytest.approx(list(found["10004.jpg"]["probabilities"].values()), abs=1e-4)
+
+
 def test_submission_has_the_competitions_form(trained: Path, folder: Path, tmp_path: Path) -> None:
     assert verb("predict", trained, folder / "training", "--csv", tmp_path / "s.csv") == 0
     content = (tmp_path / "s.csv").read_bytes()
@@ -189,6 +218,17 @@ def test_bad_files_are_listed_and_not_fatal(trained: Path, folder: Path, tmp_pat
     assert verb("predict", trained, mixed / "deep" / "=cmd.jpg", "--csv", tmp_path / "t.csv") == 0
     assert (tmp_path / "t.csv").read_text().splitlines()[1].startswith("'=cmd.jpg,")
     assert verb("predict", trained, mixed / "notes.txt") == 2
+
+
+def test_the_bar_counts_whatever_is_written(
+    trained: Path, folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(predict.Progress, "add", lambda _, count: counted.append(count))
+    for output in ([], ["--csv", tmp_path / "s.csv"]):
+        counted.clear()
+        assert verb("predict", trained, folder / "training", *output) == 0
+        assert sum(counted) == 30
 
 
 def test_more_pictures_than_fit_a_batch(trained: Path, folder: Path) -> None:
@@ -317,6 +357,11 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "predict no picture": ("predict", ["RUN", "text"], "none of the files"),
     "predict into nowhere": ("predict", ["RUN", "text", "--csv", "no/s.csv"], "no folder to write"),
     "predict csv to stdout": ("predict", ["RUN", "text", "--csv", "-"], "csv must be a file"),
+    "predict csv no name": ("predict", ["RUN", "text", "--csv", ""], "csv must be a file"),
+    "predict csv is a folder": ("predict", ["RUN", "text", "--csv", "empty"], "empty is no regular file"),
+    "predict json to a device": ("predict", ["RUN", "text", "--json", os.devnull], "no regular file"),
+    "predict both in one": ("predict", ["RUN", "text", "--csv", "a", "--json", "./a"], "different names"),
+    "predict no name": ("predict", ["RUN", ""], "empty name"),
     "predict by a text": ("predict", ["text", "text"], "cannot be used as a checkpoint"),
     "export no format": ("export", ["RUN"], "--format"),
     "export format": ("export", ["RUN", "--format", "pickle"], "format"),
@@ -325,6 +370,12 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "summary of nothing": ("summary", ["resnet"], "neither a network"),
     "summary too small": ("summary", ["final", "--image-size", "20"], "too small"),
     "summary size of a run": ("summary", ["RUN", "--image-size", "64"], "leave the flags out"),
+    "export to a device": (
+        "export",
+        ["RUN", "--format", "safetensors", "--out", os.devnull],
+        "no regular file",
+    ),
+    "summary many classes": ("summary", ["final", "--num-classes", "9" * 30], "at most 100000"),
     "summary classes": ("summary", ["final", "--num-classes", "1"], "at least 2 classes"),
 }
 
