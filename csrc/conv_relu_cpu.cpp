@@ -10,9 +10,8 @@
 #include <tuple>
 
 #include "conv_backward.h"
-#include "conv_direct.h"
+#include "conv_relu.h"
 #include "conv_winograd.h"
-#include "max_pool.h"
 #include "shapes.h"
 
 namespace maskcore {
@@ -33,20 +32,11 @@ Tensor transform_filter_cpu(const Tensor& weight, const std::string& precision) 
   return transformed;
 }
 
-/// By Winograd, with the given transform_filter(weight, precision) or a new one in scratch memory.
-template <class Sink>
-void convolve_winograd(const ConvShape& s, const TileGrid& grid, Precision precision, const Tensor& x,
-                       const Tensor& weight, const std::optional<Tensor>& transformed, const Sink& sink) {
-  const FilterShape f = FilterShape::forward(s.K, s.C);
-  if (transformed.has_value()) check_tensor(*transformed, "transformed", {f.widest_floats()});
-  const Activation input{x.const_data_ptr<float>(), s.H, s.W, s.C};
-  with_operands(precision, [&]<class Operands>() {
-    using Element = typename Operands::Element;
-    const Element* filter = transformed.has_value()
-                                ? reinterpret_cast<const Element*>(transformed->const_data_ptr<float>())
-                                : transform_filters<Operands>(weight.const_data_ptr<float>(), f);
-    convolve_winograd<Operands>(s, grid, input, filter, sink);
-  });
+/// The data of transform_filter(weight, precision), or null.
+const float* transformed_data(const std::optional<Tensor>& transformed, const ConvShape& s) {
+  if (!transformed.has_value()) return nullptr;
+  check_tensor(*transformed, "transformed", {FilterShape::forward(s.K, s.C).widest_floats()});
+  return transformed->const_data_ptr<float>();
 }
 
 Tensor conv_relu_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t padding,
@@ -55,18 +45,10 @@ Tensor conv_relu_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   const ConvShape s = ConvShape::of(x, weight, padding);
   check_tensor(bias, "bias", {s.K});
   Tensor y = torch::stable::new_empty(x, {s.N, s.P, s.Q, s.K});
-  float* y_data = y.mutable_data_ptr<float>();
-  const float* bias_data = bias.const_data_ptr<float>();
-  if (use_winograd(s)) {
-    const StoreOutput<true> sink{.y = y_data, .N = s.N, .P = s.P, .Q = s.Q, .K = s.K, .bias = bias_data};
-    convolve_winograd(s, TileGrid{.N = s.N, .P = s.P, .Q = s.Q}, allowed, x, weight, transformed, sink);
-    return y;
-  }
   const Activation input{x.const_data_ptr<float>(), s.H, s.W, s.C};
-  convolve(
-      s, s.P, s.Q, input, pack_filter(weight.const_data_ptr<float>(), s, /*turned=*/false), bias_data,
-      /*relu=*/true, [=](int64_t n, int64_t p, int64_t) { return y_data + (n * s.P + p) * s.Q * s.K; },
-      [](int64_t, int64_t, int64_t) {});
+  const float* filter = use_winograd(s) ? transformed_data(transformed, s) : nullptr;
+  convolve_relu(s, allowed, input, weight.const_data_ptr<float>(), filter, bias.const_data_ptr<float>(),
+                y.mutable_data_ptr<float>());
   return y;
 }
 
@@ -95,65 +77,20 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_backward_cpu(const Tensor& dy, cons
   return conv_backward(s, precision, gradient, x, weight, need_dx);
 }
 
-/// The 2x2 windows of a tile, pooled in registers.
-struct PoolOutput {
-  float* y;         // [N,P,Q,K]
-  uint8_t* argmax;  // [N,P,Q,K]
-  int64_t P, Q, K;
-  const float* bias;
-
-  template <class Lanes>
-  void save(int64_t, const Tile& tile, int64_t k, Lanes lanes, const Vec (&y_tile)[kOut][kOut]) const {
-    const Vec b = load(bias + k, lanes);
-    const int64_t first = ((tile.n * P + tile.p / 2) * Q + tile.q / 2) * K + k;
-    for (int64_t i = 0; i < tile.height / 2; ++i) {
-      for (int64_t j = 0; j < tile.width / 2; ++j) {
-        const Vec window[4] = {relu(y_tile[2 * i][2 * j] + b), relu(y_tile[2 * i][2 * j + 1] + b),
-                               relu(y_tile[2 * i + 1][2 * j] + b), relu(y_tile[2 * i + 1][2 * j + 1] + b)};
-        const Pooled pooled = max_pool_window(window);
-        store(y + first + (i * Q + j) * K, pooled.best, lanes);
-        store_bytes(argmax + first + (i * Q + j) * K, pooled.place, lanes);
-      }
-    }
-  }
-};
-
 std::tuple<Tensor, Tensor> conv_relu_max_pool_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                                   int64_t padding, const std::optional<Tensor>& transformed,
                                                   const std::string& precision) {
   const Precision allowed = parse_precision(precision);
   const ConvShape s = ConvShape::of(x, weight, padding);
   check_tensor(bias, "bias", {s.K});
-  const PoolShape pool{.N = s.N, .H = s.P, .W = s.Q, .C = s.K};
-  STD_TORCH_CHECK(pool.P >= 1 && pool.Q >= 1, "x is too small to be pooled: the convolution gives ", s.P,
-                  " x ", s.Q);
+  const PoolShape pool = pooled_shape(s);
   Tensor y = torch::stable::new_empty(x, {s.N, pool.P, pool.Q, s.K});
   Tensor argmax = torch::stable::new_empty(x, {s.N, pool.P, pool.Q, s.K}, ScalarType::Byte);
-  float* y_data = y.mutable_data_ptr<float>();
-  uint8_t* argmax_data = argmax.mutable_data_ptr<uint8_t>();
-  const float* bias_data = bias.const_data_ptr<float>();
-  // The pool drops an odd last row and column: they are not computed.
-  const int64_t P = 2 * pool.P, Q = 2 * pool.Q;
-  if (use_winograd(s)) {
-    const PoolOutput sink{
-        .y = y_data, .argmax = argmax_data, .P = pool.P, .Q = pool.Q, .K = s.K, .bias = bias_data};
-    convolve_winograd(s, TileGrid{.N = s.N, .P = P, .Q = Q}, allowed, x, weight, transformed, sink);
-    return {y, argmax};
-  }
   const Activation input{x.const_data_ptr<float>(), s.H, s.W, s.C};
-  const auto convolved = [=](int64_t slot) {
-    return workspace(Purpose::kConvolved, kMaxRowBlock * Q * s.K) + slot * Q * s.K;
-  };
-  convolve(
-      s, P, Q, input, pack_filter(weight.const_data_ptr<float>(), s, /*turned=*/false), bias_data,
-      /*relu=*/true, [=](int64_t, int64_t, int64_t slot) { return convolved(slot); },
-      [=](int64_t n, int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; p += 2) {
-          const int64_t out = (n * pool.P + p / 2) * pool.Q * s.K;
-          max_pool_row(convolved(p - begin), convolved(p - begin + 1), pool.Q, s.K, y_data + out,
-                       argmax_data + out);
-        }
-      });
+  const float* filter = use_winograd(s) ? transformed_data(transformed, s) : nullptr;
+  convolve_relu_max_pool(s, allowed, input, weight.const_data_ptr<float>(), filter,
+                         bias.const_data_ptr<float>(), y.mutable_data_ptr<float>(),
+                         argmax.mutable_data_ptr<uint8_t>());
   return {y, argmax};
 }
 

@@ -665,8 +665,9 @@ struct GradientRows {
 };
 
 /// What becomes of a finished row of dX: it is written. A sink's take(input, slot, n, h, row) is called once
-/// for each row of each image; `input` is the convolution's own, with row h held, and rows of one slot come
-/// in an order of their own that does not depend on the threads.
+/// for each row of each image; `input` is the convolution's own, with row h held. The rows of a slot, of
+/// which there are 2 kMostPieces, come in an order that does not depend on the threads. The row may be
+/// changed, and kTileColumns floats behind it may be read.
 struct StoreRows {
   float* dx;  // [N,H,W,C], or null: not wanted
   int64_t H, W, C, floats;
@@ -800,10 +801,11 @@ class WinogradBackward {
     // What a piece that begins or ends within an image adds to the two rows that it shares with its
     // neighbour: [piece][its top, its bottom][2][W][C].
     const int64_t row_floats = s_.W * s_.C, shared_floats = (kIn - kOut) * row_floats;
-    float* shared = workspace(Purpose::kRows, filter_ == nullptr ? 0 : 2 * pieces * shared_floats);
+    float* shared =
+        workspace(Purpose::kRows, filter_ == nullptr ? 0 : 2 * pieces * shared_floats + kTileColumns);
     torch::stable::parallel_for(0, pieces, 1, [&](int64_t first_piece, int64_t last_piece) {
       const TilePanels v(Purpose::kInputPanel, s_.C, block), m(Purpose::kGradientPanel, s_.K, block);
-      const int64_t ring_floats = filter_ == nullptr ? 0 : GradientRows::kRows * row_floats;
+      const int64_t ring_floats = filter_ == nullptr ? 0 : GradientRows::kRows * row_floats + kTileColumns;
       const GradientRows rows{.rows = workspace(Purpose::kGradientRows, ring_floats),
                               .H = s_.H,
                               .W = s_.W,

@@ -77,10 +77,10 @@ std::int64_t cache_from_sysfs(const std::string& level) {
   return 0;
 }
 
-// Some C libraries and most containers on ARM answer 0 or -1 to sysconf, hence the second source.
+// sysfs first: of AMD's L3, sysconf tells all that the package has, not what a core can reach.
 std::int64_t cache_size([[maybe_unused]] int name, const std::string& level) {
-  const long size = name < 0 ? 0 : sysconf(name);
-  return size > 0 ? size : cache_from_sysfs(level);
+  const std::int64_t size = cache_from_sysfs(level);
+  return size > 0 || name < 0 ? size : std::max<std::int64_t>(0, sysconf(name));
 }
 
 py::dict cache_sizes() {

@@ -27,6 +27,17 @@ STABLE_TORCH_LIBRARY(maskcore, m) {
       "_conv_bn_relu_train_backward(Tensor dy, Tensor x, Tensor weight, Tensor z, Tensor gamma, Tensor beta,"
       " Tensor mean, Tensor var, float eps, int padding, str precision, bool need_dx)"
       " -> (Tensor dx, Tensor dweight, Tensor dgamma, Tensor dbeta)");
+  m.def(
+      "conv_bn_relu_conv_relu_train(Tensor x, Tensor weight1, Tensor bias1, Tensor gamma, Tensor beta,"
+      " Tensor weight2, Tensor bias2, float eps, int padding1, int padding2, bool pool, str "
+      "precision=\"ieee\")"
+      " -> (Tensor y, Tensor argmax, Tensor z, Tensor gram, Tensor mean, Tensor var)");
+  m.def(
+      "_conv_bn_relu_conv_relu_train_backward(Tensor dy, Tensor x, Tensor weight1, Tensor bias1, Tensor "
+      "gamma,"
+      " Tensor beta, Tensor weight2, Tensor y, Tensor argmax, Tensor z, Tensor gram, Tensor mean, Tensor var,"
+      " float eps, int padding1, int padding2, bool pool, str precision, bool need_dx)"
+      " -> (Tensor dx, Tensor dweight1, Tensor dgamma, Tensor dbeta, Tensor dweight2, Tensor dbias2)");
   m.def("max_pool(Tensor x) -> (Tensor y, Tensor argmax)");
   m.def("_max_pool_backward(Tensor dy, Tensor argmax, int H, int W) -> Tensor");
   m.def("dense(Tensor x, Tensor weight, Tensor bias, bool relu=False) -> Tensor");

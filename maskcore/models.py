@@ -125,8 +125,15 @@ class Network(torch.nn.Module):
             self.add_module(key, _module(layer, shape, precision))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.children():
-            x = layer(x)
+        layers = list(self.children())
+        i = 0
+        while i < len(layers):
+            if i + 1 < len(layers) and nn.can_fuse(layers[i], layers[i + 1], x):
+                x = nn.conv_bn_relu_conv_relu(layers[i], layers[i + 1], x)
+                i += 2
+            else:
+                x = layers[i](x)
+                i += 1
         return x
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

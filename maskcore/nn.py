@@ -166,6 +166,57 @@ class ConvBNReLU(_Conv):
         return f"{super().extra_repr()}, eps={self.eps}, momentum={self.momentum}"
 
 
+def _is_watched(layer: torch.nn.Module) -> bool:
+    """Whether somebody wants to be told of the layer's calls: torch calls hooks where a module is called."""
+    everywhere = torch.nn.modules.module
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
+def can_fuse(first: torch.nn.Module, second: torch.nn.Module, x: Tensor) -> bool:
+    """Whether :func:`conv_bn_relu_conv_relu` may stand for ``second(first(x))``.
+
+    It is for training on the CPU, and calls no hooks: a layer that has some is called by itself.
+    """
+    return (
+        type(first) is ConvBNReLU
+        and type(second) is ConvReLU
+        and first.training
+        and first.precision == second.precision
+        and x.device.type == "cpu"
+        and not _is_watched(first)
+        and not _is_watched(second)
+    )
+
+
+def conv_bn_relu_conv_relu(first: ConvBNReLU, second: ConvReLU, x: Tensor) -> Tensor:
+    """``second(first(x))`` in training mode, without storing what is between the two."""
+    y, mean, var = ops.conv_bn_relu_conv_relu_train(
+        x,
+        first.weight,
+        first.bias,
+        first.gamma,
+        first.beta,
+        second.weight,
+        second.bias,
+        first.eps,
+        first.padding,
+        second.padding,
+        second.pool,
+        first.precision,
+    )
+    first._follow(mean, var, x.shape[0] * (x.shape[2] + 2 * first.padding - 2) * (x.shape[3] + 2 * first.padding - 2))
+    return y
+
+
 class InferenceConv(torch.nn.Module):
     """A :class:`ConvReLU` or :class:`ConvBNReLU` as it is now, for inference only.
 

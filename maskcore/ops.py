@@ -405,6 +405,150 @@ _autograd(
 )
 
 
+# ---- conv_bn_relu_conv_relu ----------------------------------------------------------------------
+
+#: Input channels up to which the kernels compute the first convolution again instead of storing its output.
+_MOST_RECOMPUTED = 3
+
+
+def conv_bn_relu_conv_relu_train(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    eps: float = 1e-3,
+    padding1: int = 0,
+    padding2: int = 0,
+    pool: bool = False,
+    precision: Precision = "ieee",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`conv_bn_relu_train` and, behind it, :func:`conv_relu` or with ``pool`` :func:`conv_relu_max_pool`.
+
+    What is between the two is never stored, nor its gradient where x has up to 3 channels and needs none. On the CPU
+    only.
+
+    Args:
+        x, weight1, bias1, gamma, beta, eps, padding1: of the first, as for :func:`conv_bn_relu_train`.
+        weight2, bias2, padding2: of the second; weight2 is ``[K2, K1, 3, 3]``.
+        precision: of both.
+
+    Returns:
+        ``(y, mean, var)``: the second's output, and the statistics ``[K1]`` of the first convolution's.
+    """
+    _check_image(x)
+    vectors = {"bias1": bias1, "gamma": gamma, "beta": beta, "bias2": bias2}
+    _check_devices("x", x.device, weight1=weight1, weight2=weight2, **vectors)
+    y, *_, mean, var = _ops.conv_bn_relu_conv_relu_train(
+        _nhwc(x),
+        weight1.contiguous(),
+        bias1,
+        gamma,
+        beta,
+        weight2.contiguous(),
+        bias2,
+        eps,
+        padding1,
+        padding2,
+        pool,
+        precision,
+    )
+    return _nchw(y), mean, var
+
+
+def conv_bn_relu_conv_relu_train_reference(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    eps: float = 1e-3,
+    padding1: int = 0,
+    padding2: int = 0,
+    pool: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    between, mean, var = conv_bn_relu_train_reference(x, weight1, bias1, gamma, beta, eps, padding1)
+    second = conv_relu_max_pool_reference if pool else conv_relu_reference
+    return second(between, weight2, bias2, padding2), mean, var
+
+
+@_fake("maskcore::conv_bn_relu_conv_relu_train")
+def _(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    eps: float,
+    padding1: int,
+    padding2: int,
+    pool: bool,
+    precision: str = "ieee",
+) -> tuple[Tensor, ...]:
+    N, H, W, C = x.shape
+    K1, K2 = weight1.shape[0], weight2.shape[0]
+    recomputed = C <= _MOST_RECOMPUTED
+    H1, W1 = _output_size(H, W, padding1)
+    P, Q = _output_size(H1, W1, padding2)
+    if pool:
+        P, Q = P // 2, Q // 2
+    taps = 9 * C + 1 if recomputed else 0
+    return (
+        x.new_empty(N, P, Q, K2),
+        x.new_empty(N if pool else 0, P, Q, K2, dtype=torch.uint8),
+        x.new_empty(0 if recomputed else N, H1, W1, K1),
+        x.new_empty(taps, taps, dtype=torch.float64),
+        weight1.new_empty(K1),
+        weight1.new_empty(K1),
+    )
+
+
+@_fake("maskcore::_conv_bn_relu_conv_relu_train_backward")
+def _(
+    dy: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, gamma: Tensor, beta: Tensor, weight2: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    need_dx = rest[-1]
+    dx, dweight1, dchannel = _fake_conv_gradients(x, weight1, need_dx)
+    dweight2, dbias2 = weight2.new_empty(weight2.shape), weight2.new_empty(weight2.shape[0])
+    return dx, dweight1, dchannel, torch.empty_like(dchannel), dweight2, dbias2
+
+
+def _conv_bn_relu_conv_relu_train_setup(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
+    x, weight1, bias1, gamma, beta, weight2, _, *ctx.settings = inputs
+    y, argmax, z, gram, mean, var = output
+    ctx.mark_non_differentiable(argmax, z, gram, mean, var)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight1, bias1, gamma, beta, weight2, y, argmax, z, gram, mean, var)
+
+
+@once_differentiable
+def _conv_bn_relu_conv_relu_train_backward(
+    ctx: Any, dy: Tensor, *_others: Tensor
+) -> tuple[Tensor | None, ...]:
+    need_dx = ctx.needs_input_grad[0]
+    dx, dweight1, dgamma, dbeta, dweight2, dbias2 = _ops._conv_bn_relu_conv_relu_train_backward(
+        dy.contiguous(), *ctx.saved_tensors, *ctx.settings, need_dx
+    )
+    dbias1 = torch.zeros_like(ctx.saved_tensors[2])
+    gradients = (dx if need_dx else None, dweight1, dbias1, dgamma, dbeta, dweight2, dbias2)
+    return *gradients, None, None, None, None, None
+
+
+_autograd(
+    "maskcore::conv_bn_relu_conv_relu_train",
+    _conv_bn_relu_conv_relu_train_backward,
+    setup_context=_conv_bn_relu_conv_relu_train_setup,
+)
+
+
 # ---- max_pool ------------------------------------------------------------------------------------
 
 
