@@ -111,9 +111,15 @@ class Conv:
     def weights(self) -> int:
         return 9 * self.C * self.K
 
+    @property
+    def of_pictures(self) -> bool:
+        """Has kernels of its own (csrc/conv_first_layer.cuh), which gather its 27 numbers a pixel, padded to 32."""
+        return self.C <= 3
+
     def operations(self, C: int, K: int, slab: int) -> float:
         """Of C input channels in slabs and K output channels in tiles of 32."""
-        return 2 * 9 * up(C, slab) * up(K, 32) * self.N * (self.H - 2) * (self.W - 2)
+        numbers = up(9 * C, slab) if C <= 3 else 9 * up(C, slab)
+        return 2 * numbers * up(K, 32) * self.N * (self.H - 2) * (self.W - 2)
 
     @property
     def splits(self) -> int:
@@ -163,7 +169,8 @@ def packed(conv: Conv, p: Precision) -> Kernel:
 def forward(conv: Conv, p: Precision, training: bool) -> Iterator[Kernel]:
     e, filters = p.element, conv.weights * p.operand
     operations = conv.operations(conv.C, conv.K, p.slab)
-    yield packed(conv, p)
+    if not conv.of_pictures:
+        yield packed(conv, p)
     if conv.bn and training:
         yield Kernel(conv.name, "conv, moments", (conv.x + conv.z) * e + filters, operations)
         yield Kernel(conv.name, "batch norm, ReLU", 2 * conv.z * e)
@@ -185,8 +192,8 @@ def backward(conv: Conv, p: Precision, need_dx: bool) -> Iterator[Kernel]:
         yield Kernel(conv.name, "backward-data", source + conv.x * e + filters, back)
     partial = 4 * conv.splits * (conv.weights + conv.K)
     # Here the channels are rows and columns, and the pixels are the reduction.
-    rows, columns = up(conv.K, 32), up(conv.C, 32)
-    operations = 2 * 9 * rows * columns * conv.N * (conv.H - 2) * (conv.W - 2)
+    rows, columns = up(conv.K, 32), 32 if conv.of_pictures else 9 * up(conv.C, 32)
+    operations = 2 * rows * columns * conv.N * (conv.H - 2) * (conv.W - 2)
     yield Kernel(conv.name, "backward-weight", conv.x * e + source + partial, operations)
     yield Kernel(conv.name, "sum of the splits", partial + 4 * (conv.weights + conv.K))
 

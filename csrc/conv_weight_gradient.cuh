@@ -380,8 +380,9 @@ inline int64_t weight_gradient_bytes(int64_t C, int64_t K) {
 }
 
 template <class Tile, class Source, class Gradient>
-cudaError_t launch_weight_gradient(const ConvSize& s, const Source& x, const Gradient& gradient,
-                                   float* dweight, float* dbias, void* workspace, cudaStream_t stream) {
+cudaError_t launch_weight_gradient(void (*kernel)(WeightGradient<Source, Gradient>), const ConvSize& s,
+                                   const Source& x, const Gradient& gradient, float* dweight, float* dbias,
+                                   void* workspace, cudaStream_t stream) {
   const Tiling tiling = Tiling::choose(s, false, Tile::kPixels, Tile::kMaxPatch);
   if (tiling.tile_cols == 0) return cudaErrorInvalidValue;
   // At least four tiles a block, whose sums are then not more memory than its input.
@@ -399,9 +400,8 @@ cudaError_t launch_weight_gradient(const ConvSize& s, const Source& x, const Gra
                                                 .dbias = bias_sums};
     const int64_t blocks =
         splits * (round_up(s.C, Tile::kTileC) / Tile::kTileC) * (round_up(s.K, Tile::kTileK) / Tile::kTileK);
-    const cudaError_t error =
-        launch(&conv_weight_gradient_kernel<Tile, Source, Gradient>, dim3(static_cast<unsigned>(blocks)),
-               dim3(Tile::kThreads), Tile::kSharedBytes, stream, conv);
+    const cudaError_t error = launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
+                                     Tile::kSharedBytes, stream, conv);
     if (error != cudaSuccess) return error;
   }
   const int64_t outputs = (kTaps * s.C + 1) * s.K;
@@ -413,14 +413,15 @@ cudaError_t launch_weight_gradient(const ConvSize& s, const Source& x, const Gra
 template <class Math, class Source, class Gradient>
 cudaError_t weight_gradient(const ConvSize& s, const Source& x, const Gradient& gradient, float* dweight,
                             float* dbias, void* workspace, cudaStream_t stream) {
+  const auto with = [&]<class Tile>(Tile*) {
+    return launch_weight_gradient<Tile>(&conv_weight_gradient_kernel<Tile, Source, Gradient>, s, x, gradient,
+                                        dweight, dbias, workspace, stream);
+  };
   // float32 tensors multiplied in bf16 have 16 numbers a thread on their way, for which the larger tile has
   // no registers left.
   constexpr bool kNarrow = !std::is_same_v<typename Source::Element, typename Math::Shared>;
-  if (kNarrow || s.K <= 32) {
-    return launch_weight_gradient<GradientTile<Math, 1>>(s, x, gradient, dweight, dbias, workspace, stream);
-  }
-  return launch_weight_gradient<GradientTile<Math, kNarrow ? 1 : 2>>(s, x, gradient, dweight, dbias,
-                                                                     workspace, stream);
+  if (kNarrow || s.K <= 32) return with(static_cast<GradientTile<Math, 1>*>(nullptr));
+  return with(static_cast<GradientTile<Math, kNarrow ? 1 : 2>*>(nullptr));
 }
 
 }  // namespace maskcore
