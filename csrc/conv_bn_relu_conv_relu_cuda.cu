@@ -52,15 +52,16 @@ struct BackwardWorkspace {
   }
 };
 
-/// What BatchNormRelu and ReluSumsOutput take of each channel: coefficients [3][channels], zeros from K on.
+/// BatchNormRelu's coefficients, [channels/4][mean, scale, beta][4], zeros from K on.
 __global__ void __launch_bounds__(kNormThreads, 6)
     coefficients_kernel(const float* gamma, const float* beta, const float* mean, const float* var,
                         double eps, int K, int channels, float* coefficients) {
   const int k = static_cast<int>(blockIdx.x * kNormThreads + threadIdx.x);
   if (k >= channels) return;
-  coefficients[k] = k < K ? mean[k] : 0.0f;
-  coefficients[channels + k] = k < K ? scale_of(gamma[k], var[k], eps) : 0.0f;
-  coefficients[2 * channels + k] = k < K ? beta[k] : 0.0f;
+  float* const of = coefficients + k / 4 * 12 + k % 4;
+  of[0] = k < K ? mean[k] : 0.0f;
+  of[4] = k < K ? scale_of(gamma[k], var[k], eps) : 0.0f;
+  of[8] = k < K ? beta[k] : 0.0f;
 }
 
 cudaError_t launch_coefficients(const float* gamma, const float* beta, const float* mean, const float* var,
@@ -84,7 +85,6 @@ BatchNormRelu<T> normalised(const ConvSize& first, const void* z, const float* c
   const T* const data = static_cast<const T*>(z);
   return {.z = data,
           .coefficients = coefficients,
-          .channels = static_cast<int>(padded_channels(first.K)),
           .H = static_cast<int>(first.P),
           .W = static_cast<int>(first.Q),
           .C = static_cast<int>(first.K),
@@ -145,7 +145,6 @@ cudaError_t launch_conv_bn_relu_conv_relu_backward(
     const ReluSumsOutput<T> output{.g = g,
                                    .z = source.z,
                                    .coefficients = room.coefficients,
-                                   .channels = channels,
                                    .P = source.H,
                                    .Q = source.W,
                                    .K = K,

@@ -91,8 +91,7 @@ struct ReluSumsOutput {
   static constexpr bool kStatistics = true, kOfGradient = true;
   T* g;                       // [N,P,Q,K]
   const T* z;                 // [N,P,Q,K]
-  const float* coefficients;  // mean, scale, beta, [3][channels]
-  int channels;
+  const float* coefficients;  // BatchNormRelu's
   int P, Q, K;
   bool aligned;
   float* moments;  // [tiles][3][K]
@@ -103,9 +102,9 @@ struct ReluSumsOutput {
     const int64_t i = pixel.number(P, Q) * K + k;
     float z_in[4], mean[4], scale[4], beta[4];
     load_four(z + i, K - k, aligned, z_in);
-    load_four(coefficients + k, 4, true, mean);
-    load_four(coefficients + channels + k, 4, true, scale);
-    load_four(coefficients + 2 * channels + k, 4, true, beta);
+    load_four(coefficients + 3 * k, 4, true, mean);
+    load_four(coefficients + 3 * k + 4, 4, true, scale);
+    load_four(coefficients + 3 * k + 8, 4, true, beta);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float d = z_in[j] - mean[j];

@@ -135,26 +135,32 @@ struct PatchLoader {
   const Tiling& tiling;
   const Source& source;
 
-  static __device__ __forceinline__ int number(int i) {
-    return static_cast<int>(threadIdx.x) + i * Tile::kThreads;
+  // The item that is a thread's i-th. The thread is asked for anew, so that nothing is kept for the next tap.
+  struct Place {
+    int number = fresh_thread();
+
+    __device__ __forceinline__ explicit Place(int i) { number += i * Tile::kThreads; }
+    __device__ __forceinline__ int pixel() const { return number / kRowChunks; }
+    __device__ __forceinline__ int channel(int slab) const {
+      return (slab * kRowChunks + number % kRowChunks) * Math::kLanes;
+    }
+    __device__ __forceinline__ int in_patch() const { return swizzled(pixel(), number % kRowChunks); }
+  };
+  __device__ __forceinline__ bool has(const Place& place) const {
+    return place.number < tiling.patch_pixels * kRowChunks;
   }
-  static __device__ __forceinline__ int channel(int slab) {
-    return (slab * kRowChunks + static_cast<int>(threadIdx.x) % kRowChunks) * Math::kLanes;
-  }
-  static __device__ __forceinline__ int place(int i) {
-    return swizzled(number(i) / kRowChunks, number(i) % kRowChunks);
-  }
-  __device__ __forceinline__ bool has(int i) const { return number(i) < tiling.patch_pixels * kRowChunks; }
 
   using OneItem = Item<Math, Source>;
   __device__ __forceinline__ void start(OneItem& item, const Tiling::Position& at, int slab, int i,
                                         unsigned char* patch) const {
-    if (has(i)) {
-      item.start(source, tiling.input(at, number(i) / kRowChunks), channel(slab), patch + place(i));
+    const Place place(i);
+    if (has(place)) {
+      item.start(source, tiling.input(at, place.pixel()), place.channel(slab), patch + place.in_patch());
     }
   }
   __device__ __forceinline__ void finish(const OneItem& item, int slab, int i, unsigned char* patch) const {
-    if (has(i)) item.finish(source, channel(slab), patch + place(i));
+    const Place place(i);
+    if (has(place)) item.finish(source, place.channel(slab), patch + place.in_patch());
   }
 };
 

@@ -119,8 +119,7 @@ struct BatchNormRelu {
   using Element = T;
   static constexpr bool kPlain = false;
   const T* z;                 // [N,H,W,C], the convolution's output
-  const float* coefficients;  // mean, scale, beta, [3][channels]
-  int channels;               // C rounded up to whole packets, zeros behind it
+  const float* coefficients;  // of four channels each mean, scale, beta; zeros up to kChannelAlign channels
   int H, W, C;
   bool aligned;
 
@@ -144,9 +143,10 @@ struct BatchNormRelu {
 #pragma unroll
     for (int i = 0; i < kLanes; i += 4) {
       Packet<float, 4> mean, scale, beta;
-      mean.load_aligned(coefficients + c + i);
-      scale.load_aligned(coefficients + channels + c + i);
-      beta.load_aligned(coefficients + 2 * channels + c + i);
+      const float* const of = coefficients + 3 * (c + i);
+      mean.load_aligned(of);
+      scale.load_aligned(of + 4);
+      beta.load_aligned(of + 8);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         out[i + j] = relu(fmaf(scale[j], fetched.z[i + j] - mean[j], beta[j]));
