@@ -18,8 +18,8 @@
 // is the same bits each time. 264 blocks, two for each of 132 processors, keep that workspace small: 8 times
 // 2.4 MB of a 256 x 256 layer.
 //
-// Where x is NaN or infinite beside a pixel past the image's end, taps that no output multiplies it with may
-// become NaN too (0 times it).
+// A tile's first pixel stands in for those past the image's end, times 0: where x is infinite in its window,
+// taps whose gradient is infinite may be NaN.
 //
 // Budget, kTileK = 64
 //   shared     bf16  2 * (80 pixels * (128 + 16) bytes of g + 128 * (64 + 16) of x) = 43,520, places 320
