@@ -491,11 +491,16 @@ def test_conv_bn_relu_conv_relu(
 
 @pytest.mark.parametrize("order", cuda_emulator.ORDERS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("s", [Size(2, 12, 21, 33, 34, 1), Size(2, 17, 21, 3, 34, 1)], ids=str)
 def test_same_bits_in_any_order(
-    backward: cuda_emulator.Kernels, batch_norm: cuda_emulator.Kernels, kind: str, order: cuda_emulator.Order
+    backward: cuda_emulator.Kernels,
+    batch_norm: cuda_emulator.Kernels,
+    s: Size,
+    kind: str,
+    order: cuda_emulator.Order,
 ) -> None:
     """Threads and blocks run in another order: nothing that they share is unprotected, every sum is the same."""
-    s, k = Size(2, 12, 21, 33, 34, 1), KINDS[kind]
+    k = KINDS[kind]
     x, weight = torch.randn(s.N, s.H, s.W, s.C).to(k.dtype), torch.randn(s.K, s.C, 3, 3)
     dy, y = torch.randn(2, s.N, s.P, s.Q, s.K).to(k.dtype)
     call = conv_call(s, k)
@@ -515,3 +520,40 @@ def test_same_bits_in_any_order(
         found.append((dx, dweight, dbias, z, mean, var))
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("order", cuda_emulator.ORDERS[1:])
+@pytest.mark.parametrize("kind", ["tf32", "bf16"])
+def test_a_head_gives_the_same_bits_in_any_order(
+    fused: cuda_emulator.Kernels, kind: str, order: cuda_emulator.Order
+) -> None:
+    k, head = KINDS[kind], HEADS[1]
+    s, t = head.first, head.second
+    call, sizes = conv_call(s, k), (t.K, t.padding)
+    x, z = torch.randn(s.N, s.H, s.W, s.C).to(k.dtype), torch.randn(s.N, s.P, s.Q, s.K).to(k.dtype)
+    dy, y = torch.randn(2, t.N, t.P, t.Q, t.K).to(k.dtype)
+    weight1, weight2 = torch.randn(s.K, s.C, 3, 3), torch.randn(t.K, t.C, 3, 3)
+    gamma, beta, mean, var = torch.rand(4, s.K).unbind()
+    room = workspace(fused, "conv_bn_relu_conv_relu_backward_workspace_bytes", call, *sizes)
+    found = []
+    for used in ("forward", order):
+        gradients_of_parameters = (weight1, gamma, beta, weight2, torch.empty(t.K))
+        results = [torch.empty_like(like) for like in (x, *gradients_of_parameters)]
+        inputs = (
+            dy,
+            x,
+            weight1,
+            gamma.clone(),
+            beta.clone(),
+            weight2,
+            y,
+            None,
+            z,
+            mean.clone(),
+            var.clone(),
+            1e-3,
+        )
+        memory = (call, *sizes, *inputs, *map(Output, results), room)
+        fused.run("launch_conv_bn_relu_conv_relu_backward", *memory, order=used, seed=3)
+        found.append(results)
+    assert all(map(torch.equal, *found))
