@@ -2,16 +2,16 @@
 // slabs of 16 or 32 channels would be padding for the most part, and nine taps of it. Here the 9 C numbers
 // that an output pixel is made of are one row of a matrix:
 //   col[pixel][tap, c] = x[n, p + r - padding, q + s - padding, c],   zeros up to whole slabs of 64 bytes
-//   out[pixel][k] = sum over i of col[pixel][i] w[k][i];   dw[k][i] = sum over pixels of g[pixel][k]
-//   col[pixel][i]
+//   out[pixel][k] = sum over i of col[pixel][i] w[k][i]
+//   dw[k][i] = sum over pixels of g[pixel][k] col[pixel][i]
 // One slab of 32 in bf16 and two of 16 in float32 for C = 3 (27 numbers) where the halo tile has nine and
 // nine. The patch of x under a tile is brought into shared memory as float32, element by element: rows of a
 // picture are contiguous, but nothing in them is aligned. There a thread gathers its own pixel's row, which
-// only its warp reads: no barrier but one a tile, for the patch. The next tile's patch is loaded meanwhile.
+// only its warp reads: two barriers a tile, for the patch and its position. The next tile's patch is loaded
+// meanwhile.
 //
-// Both are bound by memory (performance-anchors: 4.1 MB out an image in bf16, 0.11 GFLOP); what they do
-// beside must fit into the time that memory takes, of 32 pixels of 3 -> 32 channels on an A100 (13.4 bytes a
-// cycle and SM):
+// Both are bound by memory (an image of 256 x 256: 4.1 MB out in bf16, 0.11 GFLOP); what they do beside must
+// fit into the time that memory takes, of 32 pixels of 3 -> 32 channels on an A100 (13.4 bytes a cycle, SM):
 //   forward, bf16   32 * (64 + 6) bytes = 167 cycles. Shared memory, in lines of 128 bytes: 27 of the patch,
 //                   16 + 16 of rows written and read, 16 of filter, 64 of sums staged: 139
 //   forward, TF32   32 * (128 + 12) = 334 cycles; 27 + 32 + 32 + 32 + 64 = 187
@@ -27,8 +27,8 @@
 //              128. gradient: 32 accumulators, 12 of fragments, 8 of the bias, 16 to 38 of g on its way, 5 of
 //              the patch: within 65,536 / (2 * 256) = 128
 //   occupancy  forward: 4 blocks * 4 = 16 warps of 64 (25 %), 3 * 4 = 12 of 48 (25 %); gradient: 2 blocks * 8
-//              = 16 of 64 (25 %), one of 100 KB 8 of 48 (17 %) in float32,
-//              whose loads, 8 warps * 2 KB, are more than such an SM gets in a microsecond (RTX 4090: 8 KB)
+//              = 16 of 64 (25 %), one of 100 KB 8 of 48 (17 %) in float32, whose loads, 8 warps * 2 KB, are
+//              more than such an SM gets in a microsecond (RTX 4090: 8 KB)
 //
 // C = 4 would be 36 numbers, two slabs in bf16 as of the halo tile's nine; no picture has four channels here.
 #pragma once
