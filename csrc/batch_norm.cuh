@@ -47,7 +47,7 @@ __device__ __forceinline__ double2 add_groups(double first, double second, doubl
 
 /// The tiles' moments [tiles][3][K] (pivot, sum of z - pivot, of its square) of `counts` pixels -> of each of
 /// gridDim.y ranges of tiles the sums about the first tile's pivot: parts [gridDim.y][K].
-__global__ void __launch_bounds__(kNormThreads, 6)
+static __global__ void __launch_bounds__(kNormThreads, 6)
     add_moments_kernel(const float* moments, const int* counts, int tiles, int K, double2* parts) {
   const int k = static_cast<int>(blockIdx.x * kChannelThreads + threadIdx.x);
   const int part = static_cast<int>(blockIdx.y),
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kNormThreads, 6)
 }
 
 /// parts [count][K] -> mean, var, scale [K]
-__global__ void __launch_bounds__(kNormThreads, 6)
+static __global__ void __launch_bounds__(kNormThreads, 6)
     finish_moments_kernel(const double2* parts, int count, const float* moments, double pixels,
                           const float* gamma, double eps, int K, float* mean, float* var, float* scale) {
   const int k = static_cast<int>(blockIdx.x * kChannelThreads + threadIdx.x);
@@ -196,15 +196,16 @@ __global__ void __launch_bounds__(kNormThreads, 3)
 }
 
 /// parts [count][K] -> dgamma, dbeta [K], and what BatchNormReluGradient takes of each of `channels`.
+template <class Part>
 __global__ void __launch_bounds__(kNormThreads, 6)
-    finish_gradients_kernel(const float2* parts, int count, double pixels, const float* gamma,
+    finish_gradients_kernel(const Part* parts, int count, double pixels, const float* gamma,
                             const float* beta, const float* mean, const float* var, double eps, int K,
                             int channels, float* dgamma, float* dbeta, float4* channel, float* mean_g) {
   const int k = static_cast<int>(blockIdx.x * kChannelThreads + threadIdx.x);
   double g = 0.0, gz = 0.0;
   if (k < K) {
     for (int part = static_cast<int>(threadIdx.y); part < count; part += kGroupThreads) {
-      const float2 of = parts[static_cast<int64_t>(part) * K + k];
+      const Part of = parts[static_cast<int64_t>(part) * K + k];
       g += of.x;
       gz += of.y;
     }

@@ -3,35 +3,11 @@
 // Backward: the two sums that batch normalisation's gradient needs in a pass over dy and z; its gradient dz
 // is then computed while the convolution's two gradients load it, and never written. Formulas:
 // batch_norm.cuh.
-#include "batch_norm.cuh"
-#include "conv_dispatch.cuh"
+#include "conv_moments.cuh"
 #include "cuda_launchers.h"
 
 namespace maskcore {
 namespace {
-
-int64_t padded_channels(int64_t K) { return round_up(K, BatchNormReluGradient<float>::kChannelAlign); }
-
-struct TrainWorkspace {
-  void* packed;
-  float* moments;
-  int* counts;
-  double2* parts;
-  float* scale;
-  int64_t tiles, bytes;
-
-  TrainWorkspace(const ConvCall& call, void* memory) {
-    const ConvSize& s = call.size;
-    tiles = Tiling::choose(s, /*pooled=*/false, WideTile<Tf32>::kTileM, kPatchPixels).tiles;
-    Pieces pieces{static_cast<unsigned char*>(memory)};
-    packed = pieces.take<unsigned char>(packed_filter_bytes(s.C, s.K));
-    moments = pieces.take<float>(tiles * 3 * s.K);
-    counts = pieces.take<int>(tiles);
-    parts = pieces.take<double2>(moment_parts(tiles) * s.K);
-    scale = pieces.take<float>(s.K);
-    bytes = pieces.used;
-  }
-};
 
 struct BackwardWorkspace {
   float4* channel;
@@ -68,29 +44,11 @@ cudaError_t launch_conv_bn_relu_train(const ConvCall& call, const void* x, const
     const TrainWorkspace room(call, workspace);
     const int K = static_cast<int>(s.K);
     T *const z_data = static_cast<T*>(z), *const y_data = static_cast<T*>(y);
-    const StoreOutput<T, false, true> output{.y = z_data,
-                                             .bias = bias,
-                                             .P = static_cast<int>(s.P),
-                                             .Q = static_cast<int>(s.Q),
-                                             .K = K,
-                                             .aligned = aligned(z_data, s.K),
-                                             .moments = room.moments,
-                                             .counts = room.counts};
-    cudaError_t error = convolve<Math>(call, s, activation(s, static_cast<const T*>(x)), output, weight,
-                                       /*turned=*/false, room.packed, stream);
+    const cudaError_t error = convolve_with_moments<Math>(call, static_cast<const T*>(x), weight, bias, gamma,
+                                                          eps, z_data, mean, var, room, stream);
     if (error != cudaSuccess) return error;
 
-    const int64_t pixels = s.N * s.P * s.Q, parts = moment_parts(room.tiles);
-    const dim3 block(kChannelThreads, kGroupThreads);
-    const unsigned columns = channel_blocks(s.K, kChannelThreads);
-    error = launch(&add_moments_kernel, dim3(columns, static_cast<unsigned>(parts)), block, kAddBytes, stream,
-                   room.moments, room.counts, static_cast<int>(room.tiles), K, room.parts);
-    if (error != cudaSuccess) return error;
-    error = launch(&finish_moments_kernel, dim3(columns), block, kAddBytes, stream, room.parts,
-                   static_cast<int>(parts), room.moments, static_cast<double>(pixels), gamma, eps, K, mean,
-                   var, room.scale);
-    if (error != cudaSuccess) return error;
-
+    const int64_t pixels = s.N * s.P * s.Q;
     const auto rows = ChannelRows<T, 16 / sizeof(T)>::of(s.K);
     const int64_t ranges = std::clamp<int64_t>(pixels / 64, 1, 16384), size = (pixels + ranges - 1) / ranges;
     return launch(&apply_batch_norm_kernel<T>, rows.grid(ranges), dim3(kNormThreads), 0, stream, z_data, mean,
@@ -117,10 +75,11 @@ cudaError_t launch_conv_bn_relu_train_backward(const ConvCall& call, const void*
                                kNormThreads * (16 / sizeof(T)) * sizeof(float2), stream, dy_data, z_data,
                                gamma, beta, mean, var, eps, pixels, size, K, vectors, rows, room.parts);
     if (error != cudaSuccess) return error;
-    error = launch(&finish_gradients_kernel, dim3(channel_blocks(padded_channels(s.K), kChannelThreads)),
-                   dim3(kChannelThreads, kGroupThreads), kAddBytes, stream, room.parts,
-                   static_cast<int>(parts), static_cast<double>(pixels), gamma, beta, mean, var, eps, K,
-                   static_cast<int>(padded_channels(s.K)), dgamma, dbeta, room.channel, room.mean_g);
+    error =
+        launch(&finish_gradients_kernel<float2>, dim3(channel_blocks(padded_channels(s.K), kChannelThreads)),
+               dim3(kChannelThreads, kGroupThreads), kAddBytes, stream, room.parts, static_cast<int>(parts),
+               static_cast<double>(pixels), gamma, beta, mean, var, eps, K,
+               static_cast<int>(padded_channels(s.K)), dgamma, dbeta, room.channel, room.mean_g);
     if (error != cudaSuccess) return error;
 
     const BatchNormReluGradient<T> gradient{.dy = dy_data,

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "conv_first_layer.cuh"
 #include "conv_halo_tile.cuh"
 #include "conv_weight_gradient.cuh"
 
@@ -55,28 +56,100 @@ Activation<T> activation(const ConvSize& s, const T* x) {
           .aligned = aligned(x, s.C)};
 }
 
-/// dx where it is asked for, dweight and, unless null, dbias, of a gradient source at the convolution's
-/// output.
-template <class T, class Math, class Gradient>
-cudaError_t convolve_backward(const ConvCall& call, const Gradient& gradient, const T* x, const float* weight,
-                              T* dx, float* dweight, float* dbias, Pieces workspace, cudaStream_t stream) {
+/// The convolution of a tensor: that of pictures has a kernel of its own.
+template <class Math, class T, class Epilogue>
+cudaError_t convolve_forward(const ConvCall& call, const T* x, const Epilogue& epilogue, const float* weight,
+                             void* packed, cudaStream_t stream) {
+  const Activation<T> source = activation(call.size, x);
+  if (call.size.C <= kPictureChannels) {
+    return convolve_first_layer<Math>(call, call.size, source, epilogue, weight, stream);
+  }
+  return convolve<Math>(call, call.size, source, epilogue, weight, /*turned=*/false, packed, stream);
+}
+
+template <class T>
+StoreOutput<T, true> relu_output(const ConvSize& s, T* y, const float* bias) {
+  return {.y = y,
+          .bias = bias,
+          .P = static_cast<int>(s.P),
+          .Q = static_cast<int>(s.Q),
+          .K = static_cast<int>(s.K),
+          .aligned = aligned(y, s.K),
+          .moments = nullptr,
+          .counts = nullptr};
+}
+
+template <class T>
+MaxPoolOutput<T> max_pool_output(const ConvSize& s, T* y, uint8_t* argmax, const float* bias) {
+  return {.y = y,
+          .argmax = argmax,
+          .bias = bias,
+          .P = static_cast<int>(s.P / 2 * 2),
+          .Q = static_cast<int>(s.Q / 2 * 2),
+          .K = static_cast<int>(s.K),
+          .aligned = aligned(y, s.K) && lies_on(argmax, 4)};
+}
+
+template <class T>
+ReluGradient<T> relu_gradient_source(const ConvSize& s, const T* dy, const T* y) {
+  return {.dy = dy,
+          .y = y,
+          .H = static_cast<int>(s.P),
+          .W = static_cast<int>(s.Q),
+          .C = static_cast<int>(s.K),
+          .aligned = aligned(dy, s.K) && aligned(y, s.K)};
+}
+
+template <class T>
+PooledReluGradient<T> pooled_relu_gradient_source(const ConvSize& s, const T* dy, const T* y,
+                                                  const uint8_t* argmax) {
+  return {.dy = dy,
+          .y = y,
+          .argmax = argmax,
+          .H = static_cast<int>(s.P),
+          .W = static_cast<int>(s.Q),
+          .C = static_cast<int>(s.K),
+          .aligned = aligned(dy, s.K) && aligned(y, s.K) && lies_on(argmax, 4)};
+}
+
+/// What a gradient source at the convolution's output gives: dx, to `output` unless that is null, dweight
+/// and, unless null, dbias.
+template <class Math, class Source, class Gradient, class Output>
+cudaError_t convolve_backward(const ConvCall& call, const Gradient& gradient, const Source& x,
+                              const float* weight, const Output* output, float* dweight, float* dbias,
+                              Pieces workspace, cudaStream_t stream) {
   const ConvSize &s = call.size, back = s.backward_data();
   void* const packed = workspace.take<unsigned char>(packed_filter_bytes(back.C, back.K));
   void* const sums = workspace.take<unsigned char>(weight_gradient_bytes(s.C, s.K));
-  if (dx != nullptr && s.N > 0) {
-    const StoreOutput<T, false> output{.y = dx,
-                                       .bias = nullptr,
-                                       .P = static_cast<int>(s.H),
-                                       .Q = static_cast<int>(s.W),
-                                       .K = static_cast<int>(s.C),
-                                       .aligned = aligned(dx, s.C),
-                                       .moments = nullptr,
-                                       .counts = nullptr};
+  if (output != nullptr && s.N > 0) {
     const cudaError_t error =
-        convolve<Math>(call, back, gradient, output, weight, /*turned=*/true, packed, stream);
+        convolve<Math>(call, back, gradient, *output, weight, /*turned=*/true, packed, stream);
     if (error != cudaSuccess) return error;
   }
-  return weight_gradient<Math>(s, activation(s, x), gradient, dweight, dbias, sums, stream);
+  if constexpr (Source::kPlain) {
+    if (s.C <= kPictureChannels) {
+      return first_layer_gradient<Math>(s, x, gradient, dweight, dbias, sums, stream);
+    }
+  }
+  return weight_gradient<Math>(s, x, gradient, dweight, dbias, sums, stream);
+}
+
+/// The same of tensors; dx may be null.
+template <class T, class Math, class Gradient>
+cudaError_t convolve_backward(const ConvCall& call, const Gradient& gradient, const T* x, const float* weight,
+                              T* dx, float* dweight, float* dbias, const Pieces& workspace,
+                              cudaStream_t stream) {
+  const ConvSize& s = call.size;
+  const StoreOutput<T, false> output{.y = dx,
+                                     .bias = nullptr,
+                                     .P = static_cast<int>(s.H),
+                                     .Q = static_cast<int>(s.W),
+                                     .K = static_cast<int>(s.C),
+                                     .aligned = aligned(dx, s.C),
+                                     .moments = nullptr,
+                                     .counts = nullptr};
+  return convolve_backward<Math>(call, gradient, activation(s, x), weight, dx == nullptr ? nullptr : &output,
+                                 dweight, dbias, workspace, stream);
 }
 
 inline int64_t backward_bytes(const ConvSize& s) {

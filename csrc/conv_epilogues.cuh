@@ -8,9 +8,6 @@
 
 namespace maskcore {
 
-/// 0 where v is negative; NaN stays.
-__device__ __forceinline__ float relu(float v) { return v <= 0.0f ? 0.0f : v; }
-
 /// The first `count` of four values to p; `aligned`: p to four of them.
 __device__ __forceinline__ void store_channels(float* p, const float (&v)[4], int count, bool aligned) {
   if (aligned && count >= 4) {
@@ -35,6 +32,26 @@ __device__ __forceinline__ void store_channels(bf16* p, const float (&v)[4], int
   }
 }
 
+/// The first `count` of four values from p, the others zero.
+__device__ __forceinline__ void load_four(const float* p, int count, bool aligned, float (&v)[4]) {
+  Packet<float, 4> four;
+  load_channels(four, p, count, aligned);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = four[i];
+}
+__device__ __forceinline__ void load_four(const bf16* p, int count, bool aligned, float (&v)[4]) {
+  if (aligned && count >= 4) {
+    const uint2 four = *reinterpret_cast<const uint2*>(p);
+    const float2 low = unpack_bf16(four.x), high = unpack_bf16(four.y);
+    v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[i] = i < count ? __uint_as_float(static_cast<uint32_t>(p[i].bits) << 16) : 0.0f;
+    }
+  }
+}
+
 /// bias [k..k+3], 0 from K on and where there is none.
 __device__ __forceinline__ void load_bias(const float* bias, int k, int K, float (&b)[4]) {
 #pragma unroll
@@ -46,7 +63,7 @@ __device__ __forceinline__ void load_bias(const float* bias, int k, int K, float
 template <class T, bool kRelu_, bool kStatistics_ = false>
 struct StoreOutput {
   static constexpr bool kWindows = false;
-  static constexpr bool kStatistics = kStatistics_;
+  static constexpr bool kStatistics = kStatistics_, kOfGradient = false;
   T* y;               // [N,P,Q,K]
   const float* bias;  // [K], or null
   int P, Q, K;
@@ -66,12 +83,45 @@ struct StoreOutput {
   }
 };
 
+/// g = sum where batch norm and ReLU, of z, let it pass (BatchNormRelu), else 0. Of each tile and channel the
+/// sums of g and of g (z - mean), in the places of StoreOutput's moments about a pivot of zero.
+template <class T>
+struct ReluSumsOutput {
+  static constexpr bool kWindows = false;
+  static constexpr bool kStatistics = true, kOfGradient = true;
+  T* g;                       // [N,P,Q,K]
+  const T* z;                 // [N,P,Q,K]
+  const float* coefficients;  // BatchNormRelu's
+  int P, Q, K;
+  bool aligned;
+  float* moments;  // [tiles][3][K]
+  int* counts;     // [tiles] pixels
+
+  __device__ __forceinline__ void store(const Pixel& pixel, int k, float (&v)[4], float (&sum)[4],
+                                        float (&products)[4]) const {
+    const int64_t i = pixel.number(P, Q) * K + k;
+    float z_in[4], mean[4], scale[4], beta[4];
+    load_four(z + i, K - k, aligned, z_in);
+    load_four(coefficients + 3 * k, 4, true, mean);
+    load_four(coefficients + 3 * k + 4, 4, true, scale);
+    load_four(coefficients + 3 * k + 8, 4, true, beta);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float d = z_in[j] - mean[j];
+      v[j] = relu_gradient(v[j], fmaf(scale[j], d, beta[j]));
+      sum[j] += v[j];
+      products[j] = fmaf(v[j], d, products[j]);
+    }
+    store_channels(g + i, v, K - k, aligned);
+  }
+};
+
 /// y = the largest of a 2x2 window's max(sum + bias, 0), and its place 2 * row + column, the first if there
 /// are several; a NaN wins.
 template <class T>
 struct MaxPoolOutput {
   static constexpr bool kWindows = true;
-  static constexpr bool kStatistics = false;
+  static constexpr bool kStatistics = false, kOfGradient = false;
   T* y;               // [N,P/2,Q/2,K]
   uint8_t* argmax;    // [N,P/2,Q/2,K]
   const float* bias;  // [K]

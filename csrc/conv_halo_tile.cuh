@@ -135,26 +135,32 @@ struct PatchLoader {
   const Tiling& tiling;
   const Source& source;
 
-  static __device__ __forceinline__ int number(int i) {
-    return static_cast<int>(threadIdx.x) + i * Tile::kThreads;
+  // The item that is a thread's i-th. The thread is asked for anew, so that nothing is kept for the next tap.
+  struct Place {
+    int number = fresh_thread();
+
+    __device__ __forceinline__ explicit Place(int i) { number += i * Tile::kThreads; }
+    __device__ __forceinline__ int pixel() const { return number / kRowChunks; }
+    __device__ __forceinline__ int channel(int slab) const {
+      return (slab * kRowChunks + number % kRowChunks) * Math::kLanes;
+    }
+    __device__ __forceinline__ int in_patch() const { return swizzled(pixel(), number % kRowChunks); }
+  };
+  __device__ __forceinline__ bool has(const Place& place) const {
+    return place.number < tiling.patch_pixels * kRowChunks;
   }
-  static __device__ __forceinline__ int channel(int slab) {
-    return (slab * kRowChunks + static_cast<int>(threadIdx.x) % kRowChunks) * Math::kLanes;
-  }
-  static __device__ __forceinline__ int place(int i) {
-    return swizzled(number(i) / kRowChunks, number(i) % kRowChunks);
-  }
-  __device__ __forceinline__ bool has(int i) const { return number(i) < tiling.patch_pixels * kRowChunks; }
 
   using OneItem = Item<Math, Source>;
   __device__ __forceinline__ void start(OneItem& item, const Tiling::Position& at, int slab, int i,
                                         unsigned char* patch) const {
-    if (has(i)) {
-      item.start(source, tiling.input(at, number(i) / kRowChunks), channel(slab), patch + place(i));
+    const Place place(i);
+    if (has(place)) {
+      item.start(source, tiling.input(at, place.pixel()), place.channel(slab), patch + place.in_patch());
     }
   }
   __device__ __forceinline__ void finish(const OneItem& item, int slab, int i, unsigned char* patch) const {
-    if (has(i)) item.finish(source, channel(slab), patch + place(i));
+    const Place place(i);
+    if (has(place)) item.finish(source, place.channel(slab), patch + place.in_patch());
   }
 };
 
@@ -168,7 +174,7 @@ __device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT
   const int lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
   const int k = k0 + 4 * (lane & 7);
   [[maybe_unused]] float bias[4];
-  if constexpr (!Epilogue::kWindows) load_bias(epilogue.bias, k, epilogue.K, bias);
+  if constexpr (!Epilogue::kWindows && !Epilogue::kOfGradient) load_bias(epilogue.bias, k, epilogue.K, bias);
   [[maybe_unused]] float pivot[4] = {}, sum[4] = {}, squares[4] = {}, pixels = 0.0f;
 #pragma unroll
   for (int mt = 0; mt < Tile::MT; ++mt) {
@@ -192,7 +198,7 @@ __device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT
       for (int i = 0; i < 4; ++i) staged(row + i, v[i]);
       if (pixel.inside && k < epilogue.K) epilogue.store(pixel, k, v);
     } else {
-      if constexpr (Epilogue::kStatistics) {
+      if constexpr (Epilogue::kStatistics && !Epilogue::kOfGradient) {
         if (mt == 0) {
           staged(0, pivot);
           epilogue.finish(pivot, bias);
@@ -204,9 +210,14 @@ __device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT
         const Pixel pixel = tiling.output<false>(at, m0 + 16 * mt + row);
         float v[4];
         staged(row, v);
-        epilogue.finish(v, bias);
-        if (pixel.inside && k < epilogue.K) epilogue.store(pixel, k, v);
-        if constexpr (Epilogue::kStatistics) {
+        const bool there = pixel.inside && k < epilogue.K;
+        if constexpr (Epilogue::kOfGradient) {
+          if (there) epilogue.store(pixel, k, v, sum, squares);
+        } else {
+          epilogue.finish(v, bias);
+          if (there) epilogue.store(pixel, k, v);
+        }
+        if constexpr (Epilogue::kStatistics && !Epilogue::kOfGradient) {
           pixels += pixel.inside ? 1.0f : 0.0f;
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
@@ -237,6 +248,30 @@ __device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT
       }
     }
   }
+}
+
+/// A tile's moments from its warps' records and numbers of pixels; a thread a channel.
+template <class Tile, class Epilogue>
+__device__ __forceinline__ void store_moments(const float* records, const float* pixels, const Tiling& tiling,
+                                              const Tiling::Position& at, int tile, int k0,
+                                              const Epilogue& epilogue) {
+  const int n = threadIdx.x, k = k0 + n;
+  if (n >= Tile::kTileN || k >= epilogue.K) return;
+  // About the first warp's pivot: y - p0 = (y - p) + (p - p0).
+  const float pivot = records[n];
+  float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < Tile::kWarpsM; ++i) {
+    const float* of = records + i * 3 * Tile::kTileN + n;
+    const float d = of[0] - pivot, s = of[Tile::kTileN], count = pixels[i * Tile::kWarpsN];
+    sum += fmaf(count, d, s);
+    squares += of[2 * Tile::kTileN] + d * fmaf(count, d, 2.0f * s);
+  }
+  float* moments = epilogue.moments + static_cast<int64_t>(tile) * 3 * epilogue.K + k;
+  moments[0] = pivot;
+  moments[epilogue.K] = sum;
+  moments[2 * epilogue.K] = squares;
+  if (k == 0) epilogue.counts[tile] = tiling.pixels(at);
 }
 
 template <class Tile, class Source, class Epilogue>
@@ -350,24 +385,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
                      pixels + warp);
     if constexpr (Epilogue::kStatistics) {
       __syncthreads();
-      const int k = k_now + thread;
-      if (thread < Tile::kTileN && k < conv.epilogue.K) {
-        // About the first warp's pivot: y - p0 = (y - p) + (p - p0).
-        const float pivot = records[thread];
-        float sum = 0.0f, squares = 0.0f;
-#pragma unroll
-        for (int i = 0; i < Tile::kWarpsM; ++i) {
-          const float* of = records + i * 3 * Tile::kTileN + thread;
-          const float d = of[0] - pivot, s = of[Tile::kTileN], count = pixels[i * Tile::kWarpsN];
-          sum += fmaf(count, d, s);
-          squares += of[2 * Tile::kTileN] + d * fmaf(count, d, 2.0f * s);
-        }
-        float* moments = conv.epilogue.moments + static_cast<int64_t>(tile) * 3 * conv.epilogue.K + k;
-        moments[0] = pivot;
-        moments[conv.epilogue.K] = sum;
-        moments[2 * conv.epilogue.K] = squares;
-        if (k == 0) conv.epilogue.counts[tile] = tiling.pixels(at);
-      }
+      store_moments<Tile>(records, pixels, tiling, at, tile, k_now, conv.epilogue);
     }
     if (last_tile) return;
     tile += stride;

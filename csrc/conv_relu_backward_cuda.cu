@@ -12,14 +12,8 @@ cudaError_t launch_conv_relu_backward(const ConvCall& call, const void* dy, cons
                                       const float* weight, const void* y, void* dx, float* dweight,
                                       float* dbias, void* workspace, cudaStream_t stream) {
   return dispatch(call, [&]<class T, class Math>() {
-    const ConvSize& s = call.size;
-    const T *const dy_data = static_cast<const T*>(dy), *const y_data = static_cast<const T*>(y);
-    const ReluGradient<T> gradient{.dy = dy_data,
-                                   .y = y_data,
-                                   .H = static_cast<int>(s.P),
-                                   .W = static_cast<int>(s.Q),
-                                   .C = static_cast<int>(s.K),
-                                   .aligned = aligned(dy_data, s.K) && aligned(y_data, s.K)};
+    const auto gradient =
+        relu_gradient_source(call.size, static_cast<const T*>(dy), static_cast<const T*>(y));
     return convolve_backward<T, Math>(call, gradient, static_cast<const T*>(x), weight, static_cast<T*>(dx),
                                       dweight, dbias, {static_cast<unsigned char*>(workspace)}, stream);
   });
@@ -30,16 +24,8 @@ cudaError_t launch_conv_relu_max_pool_backward(const ConvCall& call, const void*
                                                void* dx, float* dweight, float* dbias, void* workspace,
                                                cudaStream_t stream) {
   return dispatch(call, [&]<class T, class Math>() {
-    const ConvSize& s = call.size;
-    const T *const dy_data = static_cast<const T*>(dy), *const y_data = static_cast<const T*>(y);
-    const PooledReluGradient<T> gradient{
-        .dy = dy_data,
-        .y = y_data,
-        .argmax = argmax,
-        .H = static_cast<int>(s.P),
-        .W = static_cast<int>(s.Q),
-        .C = static_cast<int>(s.K),
-        .aligned = aligned(dy_data, s.K) && aligned(y_data, s.K) && lies_on(argmax, 4)};
+    const auto gradient =
+        pooled_relu_gradient_source(call.size, static_cast<const T*>(dy), static_cast<const T*>(y), argmax);
     return convolve_backward<T, Math>(call, gradient, static_cast<const T*>(x), weight, static_cast<T*>(dx),
                                       dweight, dbias, {static_cast<unsigned char*>(workspace)}, stream);
   });

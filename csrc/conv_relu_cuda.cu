@@ -15,16 +15,8 @@ cudaError_t launch_conv_relu(const ConvCall& call, const void* x, const float* w
   return dispatch(call, [&]<class T, class Math>() {
     const ConvSize& s = call.size;
     if (s.N == 0) return cudaSuccess;
-    const StoreOutput<T, true> output{.y = static_cast<T*>(y),
-                                      .bias = bias,
-                                      .P = static_cast<int>(s.P),
-                                      .Q = static_cast<int>(s.Q),
-                                      .K = static_cast<int>(s.K),
-                                      .aligned = aligned(static_cast<T*>(y), s.K),
-                                      .moments = nullptr,
-                                      .counts = nullptr};
-    return convolve<Math>(call, s, activation(s, static_cast<const T*>(x)), output, weight, /*turned=*/false,
-                          workspace, stream);
+    const auto output = relu_output(s, static_cast<T*>(y), bias);
+    return convolve_forward<Math>(call, static_cast<const T*>(x), output, weight, workspace, stream);
   });
 }
 
@@ -34,15 +26,8 @@ cudaError_t launch_conv_relu_max_pool(const ConvCall& call, const void* x, const
   return dispatch(call, [&]<class T, class Math>() {
     const ConvSize& s = call.size;
     if (s.N == 0 || s.P < 2 || s.Q < 2) return cudaSuccess;
-    const MaxPoolOutput<T> output{.y = static_cast<T*>(y),
-                                  .argmax = argmax,
-                                  .bias = bias,
-                                  .P = static_cast<int>(s.P / 2 * 2),
-                                  .Q = static_cast<int>(s.Q / 2 * 2),
-                                  .K = static_cast<int>(s.K),
-                                  .aligned = aligned(static_cast<T*>(y), s.K) && lies_on(argmax, 4)};
-    return convolve<Math>(call, s, activation(s, static_cast<const T*>(x)), output, weight, /*turned=*/false,
-                          workspace, stream);
+    const auto output = max_pool_output(s, static_cast<T*>(y), argmax, bias);
+    return convolve_forward<Math>(call, static_cast<const T*>(x), output, weight, workspace, stream);
   });
 }
 

@@ -77,6 +77,9 @@ __device__ __forceinline__ void load_channels(Packet<T, kLanes>& packet, const T
   }
 }
 
+/// 0 where v is negative; NaN stays.
+__device__ __forceinline__ float relu(float v) { return v <= 0.0f ? 0.0f : v; }
+
 /// dy where y > 0, else 0; a NaN in y lets dy pass.
 __device__ __forceinline__ float relu_gradient(float dy, float y) { return y <= 0.0f ? 0.0f : dy; }
 
@@ -106,6 +109,49 @@ struct Activation {
   __device__ __forceinline__ void values(const Fetched<kLanes>& fetched, int, float (&out)[kLanes]) const {
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) out[i] = fetched.x[i];
+  }
+};
+
+/// What batch normalisation and ReLU make of z, max(scale (z - mean) + beta, 0): by apply_batch_norm_kernel's
+/// formula, so that it is the same number. A border is zero behind them, not in front.
+template <class T>
+struct BatchNormRelu {
+  using Element = T;
+  static constexpr bool kPlain = false;
+  const T* z;                 // [N,H,W,C], the convolution's output
+  const float* coefficients;  // of four channels each mean, scale, beta; zeros up to kChannelAlign channels
+  int H, W, C;
+  bool aligned;
+
+  template <int kLanes>
+  struct Fetched {
+    Packet<T, kLanes> z;
+    bool there;
+  };
+
+  template <int kLanes>
+  __device__ __forceinline__ void fetch(const Pixel& pixel, int c, Fetched<kLanes>& fetched) const {
+    fetched.z.clear();
+    fetched.there = pixel.inside && c < C;
+    if (fetched.there) load_channels(fetched.z, z + pixel.number(H, W) * C + c, C - c, aligned);
+  }
+  template <int kLanes>
+  __device__ __forceinline__ void values(const Fetched<kLanes>& fetched, int c, float (&out)[kLanes]) const {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) out[i] = 0.0f;
+    if (!fetched.there) return;
+#pragma unroll
+    for (int i = 0; i < kLanes; i += 4) {
+      Packet<float, 4> mean, scale, beta;
+      const float* const of = coefficients + 3 * (c + i);
+      mean.load_aligned(of);
+      scale.load_aligned(of + 4);
+      beta.load_aligned(of + 8);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        out[i + j] = relu(fmaf(scale[j], fetched.z[i + j] - mean[j], beta[j]));
+      }
+    }
   }
 };
 

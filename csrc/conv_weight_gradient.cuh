@@ -18,15 +18,16 @@
 // is the same bits each time. 264 blocks, two for each of 132 processors, keep that workspace small: 8 times
 // 2.4 MB of a 256 x 256 layer.
 //
-// Where x is NaN or infinite beside a pixel past the image's end, taps that no output multiplies it with may
-// become NaN too (0 times it).
+// A tile's first pixel stands in for those past the image's end, times 0: where x is infinite in its window,
+// taps whose gradient is infinite may be NaN.
 //
 // Budget, kTileK = 64
 //   shared     bf16  2 * (80 pixels * (128 + 16) bytes of g + 128 * (64 + 16) of x) = 43,520, places 320
-//              TF32, float32  2 * (40 * (256 + 32) + 64 * (128 + 32)) = 43,520, places 160; positions 48:
-//              two blocks in 100 KB
-//   registers  2 * 9 * 4 = 72 accumulators, 8 + 4 of fragments, 8 to 11 of an item on its way, 2 of the
-//              bias: within 65,536 / (2 * 256) = 128. float32 tensors in bf16 have 16 to 19 on their way:
+//              TF32, float32  2 * (40 * (256 + 32) + 64 * (128 + 32)) = 43,520, places 160; positions 48,
+//              bias 2,048: two blocks in 100 KB
+//   registers  2 * 9 * 4 = 72 accumulators, 8 + 4 of fragments, 8 to 11 of an item on its way: within 65,536
+//              / (2 * 256) = 128, since what follows from the thread's number is computed anew each step and
+//              the bias is added up in shared memory. float32 tensors in bf16 have 16 to 19 on their way:
 //              kTileK = 32, 36 accumulators
 //   occupancy  2 * 8 = 16 warps of 64 (25 %) or of 48 (33 %)
 //   shared memory traffic of a warp's 32 x 72 x 16 bf16 products: 104 * 32 bytes = 26 cycles, in which an
@@ -58,7 +59,9 @@ struct GradientTile {
   static constexpr int kGradientBytes = kPixels * kGradientRow;
   static constexpr int kBufferBytes = kGradientBytes + kMaxPatch * kInputRow;
   static constexpr int kPlaceBytes = 2 * kPixels * 2;
-  static constexpr int kSharedBytes = 2 * kBufferBytes + kPlaceBytes + 3 * 16;
+  // What a thread has added up for the bias so far is kept here: registers are short.
+  static constexpr int kBiasBegin = 2 * kBufferBytes + kPlaceBytes + 3 * 16, kBiasBytes = kThreads * 8;
+  static constexpr int kSharedBytes = kBiasBegin + kBiasBytes;
   // Items of g, then of x, one a step.
   static constexpr int kGradientItems = (kPixels * kGradientChunks + kThreads - 1) / kThreads;
   static constexpr int kInputItems = (kMaxPatch * kInputChunks + kThreads - 1) / kThreads;
@@ -67,7 +70,7 @@ struct GradientTile {
   // those of lanes that differ in bit 4 (TF32) or 3 and 4 (bf16), which add them up together, as whole warps.
   static_assert(kThreads % kGradientChunks == 0 && kThreads % kInputChunks == 0);
   static_assert(kGradientChunks <= 64 / Math::kLanes && kPixels * kGradientChunks % 32 == 0);
-  static_assert(kThreads * 8 <= 2 * kBufferBytes && kTileK <= kThreads);
+  static_assert(kTileK <= kThreads);
 
   /// acc += the products of kStepPixels pixels from `pixel0` on. g is [pixel][kTileK] from the warp's first
   /// channel on, x the patch from the warp's first channel on, places[pixel] where in it a pixel's window
@@ -192,53 +195,57 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   int4* const positions = reinterpret_cast<int4*>(shared + 2 * Tile::kBufferBytes + Tile::kPlaceBytes);
   const int4* const share = positions + 2;
   const Tiling& tiling = conv.tiling;
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int warp_k = warp / 4 * 16 * Tile::MT, warp_c = warp % 4 * 8;
+  const int thread = threadIdx.x;
+  const auto warp_k = [](int thread) { return thread / 128 * 16 * Tile::MT; };
+  const auto warp_c = [](int thread) { return thread / 32 % 4 * 8; };
   const int c_tiles = (conv.C + Tile::kTileC - 1) / Tile::kTileC;
   const int k_tiles = (conv.K + Tile::kTileK - 1) / Tile::kTileK;
   const int block = static_cast<int>(blockIdx.x), split_of_block = block / c_tiles / k_tiles;
   const auto first_tile = [&](int s) {
     return static_cast<int>(static_cast<int64_t>(tiling.tiles) * s / conv.splits);
   };
-  const auto g_channel = [&] { return share->x + thread % Tile::kGradientChunks * kLanes; };
-  const auto x_channel = [&] { return share->y + thread % Tile::kInputChunks * kLanes; };
+  const auto g_channel = [&](int thread) { return share->x + thread % Tile::kGradientChunks * kLanes; };
+  const auto x_channel = [&](int thread) { return share->y + thread % Tile::kInputChunks * kLanes; };
 
   // Items are of one step, so that they take no registers after it.
   struct Items {
     Item<Math, Gradient> g;
     Item<Math, Source> x;
   };
-  [[maybe_unused]] float bias[2] = {};
+  float2* const bias = reinterpret_cast<float2*>(shared + Tile::kBiasBegin);
+  if constexpr (Gradient::kHasBias) bias[thread] = make_float2(0.0f, 0.0f);
 
   const auto start = [&](Items& items, const Tiling::Position& at, int i, int buffer) {
+    const int thread = fresh_thread();
     unsigned char* const to = shared + buffer * Tile::kBufferBytes;
     if (i < Tile::kGradientItems) {
       const int number = thread + i * Tile::kThreads, pixel = number / Tile::kGradientChunks;
       if (pixel < Tile::kPixels) {
-        items.g.start(conv.gradient, tiling.output<false>(at, pixel), g_channel(), to);
+        items.g.start(conv.gradient, tiling.output<false>(at, pixel), g_channel(thread), to);
       }
     } else {
       const int number = thread + (i - Tile::kGradientItems) * Tile::kThreads;
       const int pixel = number / Tile::kInputChunks;
       if (pixel < tiling.patch_pixels) {
-        items.x.start(conv.x, tiling.input(at, pixel), x_channel(),
+        items.x.start(conv.x, tiling.input(at, pixel), x_channel(thread),
                       to + Tile::kGradientBytes + pixel * Tile::kInputRow + number % Tile::kInputChunks * 16);
       }
     }
   };
   const auto finish = [&](const Items& items, int i, int buffer) {
+    const int thread = fresh_thread();
     unsigned char* const to = shared + buffer * Tile::kBufferBytes;
     if (i < Tile::kGradientItems) {
       const int number = thread + i * Tile::kThreads, pixel = number / Tile::kGradientChunks;
       if (pixel < Tile::kPixels) {
         float v[kLanes];
-        conv.gradient.template values<kLanes>(items.g.fetched, g_channel(), v);
+        conv.gradient.template values<kLanes>(items.g.fetched, g_channel(thread), v);
         *reinterpret_cast<uint4*>(to + pixel * Tile::kGradientRow + number % Tile::kGradientChunks * 16) =
             Math::pack(v);
         if constexpr (Gradient::kHasBias) {
-          share_out(v, lane);
-          bias[0] += v[0];
-          bias[1] += v[1];
+          share_out(v, thread % 32);
+          const float2 before = bias[thread];
+          bias[thread] = make_float2(before.x + v[0], before.y + v[1]);
         }
       }
     } else {
@@ -246,12 +253,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       const int pixel = number / Tile::kInputChunks;
       if (pixel < tiling.patch_pixels) {
         items.x.finish(
-            conv.x, x_channel(),
+            conv.x, x_channel(thread),
             to + Tile::kGradientBytes + pixel * Tile::kInputRow + number % Tile::kInputChunks * 16);
       }
     }
   };
   const auto find_places = [&](const Tiling::Position& at, int buffer) {
+    const int thread = fresh_thread();
     if (thread < Tile::kPixels) {
       places[buffer * Tile::kPixels + thread] = static_cast<uint16_t>(tiling.window<false>(at, thread));
     }
@@ -274,8 +282,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     finish(items, i, 0);
   }
   find_places(first, 0);
-  // What the block is at is kept in shared memory, registers are short: the next tile's position and number,
-  // and, in the third place, the block's number and where its share ends.
   cp_async_commit();
 
   float acc[Tile::MT][kTaps][4] = {};
@@ -288,31 +294,29 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     const int4* const next = positions + (buffer ^ 1);
     more = next->w < share->w;
     if (more) find_places(Tiling::load(next), buffer ^ 1);
-    if (thread == 0) tiling.store_position(next->w + 1, positions + buffer, next->w + 1);
-    const unsigned char* const g = shared + buffer * Tile::kBufferBytes + warp_k * (16 / kLanes);
-    const unsigned char* const x =
-        shared + buffer * Tile::kBufferBytes + Tile::kGradientBytes + warp_c * (16 / kLanes);
+    if (fresh_thread() == 0) tiling.store_position(next->w + 1, positions + buffer, next->w + 1);
 #pragma unroll 1
     for (int step = 0; step < Tile::kSteps; ++step) {
       Items items;
       if (more) start(items, Tiling::load(next), step, buffer ^ 1);
-      Tile::multiply(acc, g, x, tiling.pitch, places + buffer * Tile::kPixels, step * Tile::kStepPixels,
-                     lane);
+      const int now = fresh_thread(), bytes = 16 / kLanes;
+      const unsigned char* const g = shared + buffer * Tile::kBufferBytes;
+      Tile::multiply(acc, g + warp_k(now) * bytes, g + Tile::kGradientBytes + warp_c(now) * bytes,
+                     tiling.pitch, places + buffer * Tile::kPixels, step * Tile::kStepPixels, now % 32);
       if (more) finish(items, step, buffer ^ 1);
     }
     cp_async_commit();
   }
 
-  __syncthreads();  // the bias' sums take the place of what others may still read
   const int k0 = share->x, c0 = share->y, split = share->z;
   const bool pairs = conv.C % 2 == 0;
-  const int c = c0 + warp_c + 2 * (lane & 3);
+  const int lane = thread % 32, c = c0 + warp_c(thread) + 2 * (lane & 3);
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap) {
     float* const out = conv.dweight + (static_cast<int64_t>(split) * kTaps + tap) * conv.K * conv.C + c;
 #pragma unroll
     for (int i = 0; i < 2 * Tile::MT; ++i) {
-      const int k = k0 + warp_k + 8 * i + (lane >> 2);
+      const int k = k0 + warp_k(thread) + 8 * i + (lane >> 2);
       const float d[2] = {acc[i / 2][tap][i % 2 * 2], acc[i / 2][tap][i % 2 * 2 + 1]};
       float* const to = out + static_cast<int64_t>(k) * conv.C;
       if (k >= conv.K) continue;
@@ -327,14 +331,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
   if constexpr (Gradient::kHasBias) {
     if (c0 > 0) return;
-    float2* const sums = dynamic_shared<float2>();  // of each thread
-    sums[thread] = make_float2(bias[0], bias[1]);
-    __syncthreads();
+    __syncthreads();  // the bias' sums of all are there
     if (thread < Tile::kTileK && k0 + thread < conv.K) {
       float total = 0.0f;
       for (int i = thread / kLanes; i < Tile::kThreads; i += Tile::kGradientChunks) {
         if (shared_out_channel<kLanes>(i % 32) == thread % kLanes / 2 * 2) {
-          total += thread % 2 == 0 ? sums[i].x : sums[i].y;
+          total += thread % 2 == 0 ? bias[i].x : bias[i].y;
         }
       }
       conv.dbias[static_cast<int64_t>(split) * conv.K + k0 + thread] = total;
@@ -380,8 +382,9 @@ inline int64_t weight_gradient_bytes(int64_t C, int64_t K) {
 }
 
 template <class Tile, class Source, class Gradient>
-cudaError_t launch_weight_gradient(const ConvSize& s, const Source& x, const Gradient& gradient,
-                                   float* dweight, float* dbias, void* workspace, cudaStream_t stream) {
+cudaError_t launch_weight_gradient(void (*kernel)(WeightGradient<Source, Gradient>), const ConvSize& s,
+                                   const Source& x, const Gradient& gradient, float* dweight, float* dbias,
+                                   void* workspace, cudaStream_t stream) {
   const Tiling tiling = Tiling::choose(s, false, Tile::kPixels, Tile::kMaxPatch);
   if (tiling.tile_cols == 0) return cudaErrorInvalidValue;
   // At least four tiles a block, whose sums are then not more memory than its input.
@@ -399,9 +402,8 @@ cudaError_t launch_weight_gradient(const ConvSize& s, const Source& x, const Gra
                                                 .dbias = bias_sums};
     const int64_t blocks =
         splits * (round_up(s.C, Tile::kTileC) / Tile::kTileC) * (round_up(s.K, Tile::kTileK) / Tile::kTileK);
-    const cudaError_t error =
-        launch(&conv_weight_gradient_kernel<Tile, Source, Gradient>, dim3(static_cast<unsigned>(blocks)),
-               dim3(Tile::kThreads), Tile::kSharedBytes, stream, conv);
+    const cudaError_t error = launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
+                                     Tile::kSharedBytes, stream, conv);
     if (error != cudaSuccess) return error;
   }
   const int64_t outputs = (kTaps * s.C + 1) * s.K;
@@ -413,14 +415,15 @@ cudaError_t launch_weight_gradient(const ConvSize& s, const Source& x, const Gra
 template <class Math, class Source, class Gradient>
 cudaError_t weight_gradient(const ConvSize& s, const Source& x, const Gradient& gradient, float* dweight,
                             float* dbias, void* workspace, cudaStream_t stream) {
+  const auto with = [&]<class Tile>(Tile*) {
+    return launch_weight_gradient<Tile>(&conv_weight_gradient_kernel<Tile, Source, Gradient>, s, x, gradient,
+                                        dweight, dbias, workspace, stream);
+  };
   // float32 tensors multiplied in bf16 have 16 numbers a thread on their way, for which the larger tile has
   // no registers left.
   constexpr bool kNarrow = !std::is_same_v<typename Source::Element, typename Math::Shared>;
-  if (kNarrow || s.K <= 32) {
-    return launch_weight_gradient<GradientTile<Math, 1>>(s, x, gradient, dweight, dbias, workspace, stream);
-  }
-  return launch_weight_gradient<GradientTile<Math, kNarrow ? 1 : 2>>(s, x, gradient, dweight, dbias,
-                                                                     workspace, stream);
+  if (kNarrow || s.K <= 32) return with(static_cast<GradientTile<Math, 1>*>(nullptr));
+  return with(static_cast<GradientTile<Math, kNarrow ? 1 : 2>*>(nullptr));
 }
 
 }  // namespace maskcore

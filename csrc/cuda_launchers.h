@@ -124,4 +124,27 @@ cudaError_t launch_conv_bn_relu_train_backward(const ConvCall& call, const void*
                                                double eps, void* dx, float* dweight, float* dgamma,
                                                float* dbeta, void* workspace, cudaStream_t stream);
 
+// ---- conv_bn_relu_conv_relu_cuda.cu --------------------------------------------------------------
+// first is the convolution in front of the batch norm, x [N,H,W,C] -> z [N,P,Q,K]; the second takes z's
+// pixels with padding2 to K2 channels, y [N,P2,Q2,K2]; pooled, where argmax is not null, y and argmax
+// [N,P2/2,Q2/2,K2].
+
+int64_t conv_bn_relu_conv_relu_workspace_bytes(const ConvCall& first, int64_t K2, int64_t padding2);
+
+/// N >= 1.
+cudaError_t launch_conv_bn_relu_conv_relu(const ConvCall& first, int64_t K2, int64_t padding2, const void* x,
+                                          const float* weight1, const float* bias1, const float* gamma,
+                                          const float* beta, const float* weight2, const float* bias2,
+                                          double eps, void* y, uint8_t* argmax, void* z, float* mean,
+                                          float* var, void* workspace, cudaStream_t stream);
+
+int64_t conv_bn_relu_conv_relu_backward_workspace_bytes(const ConvCall& first, int64_t K2, int64_t padding2);
+
+/// dx may be null: it is not computed then. bias1's gradient is zero.
+cudaError_t launch_conv_bn_relu_conv_relu_backward(
+    const ConvCall& first, int64_t K2, int64_t padding2, const void* dy, const void* x, const float* weight1,
+    const float* gamma, const float* beta, const float* weight2, const void* y, const uint8_t* argmax,
+    const void* z, const float* mean, const float* var, double eps, void* dx, float* dweight1, float* dgamma,
+    float* dbeta, float* dweight2, float* dbias2, void* workspace, cudaStream_t stream);
+
 }  // namespace maskcore

@@ -315,6 +315,96 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_backward_cuda(
   return {dx, dweight, dgamma, dbeta};
 }
 
+// ---- conv_bn_relu_conv_relu ----------------------------------------------------------------------
+// Not registered: the operator has no schema yet (ops.cpp).
+
+/// Sizes of the second convolution, of the first one's output z.
+ConvSize second_size(const ConvSize& first, const Tensor& weight2, int64_t padding2) {
+  return {.N = first.N, .H = first.P, .W = first.Q, .C = first.K, .K = weight2.size(0), .padding = padding2};
+}
+
+/// The checks of both convolutions.
+std::pair<ConvCall, ConvSize> head_call(const Call& call, const Tensor& x, const Tensor& weight1,
+                                        const Tensor& weight2, int64_t padding1, int64_t padding2, bool pool,
+                                        const std::string& precision) {
+  const ConvCall first = conv_call(call, x, weight1, padding1, precision);
+  STD_TORCH_CHECK(padding2 == 0 || padding2 == 1, "padding2 must be 0 or 1, is ", padding2);
+  STD_TORCH_CHECK(first.size.N >= 1,
+                  "x must hold at least one image: without one there are no batch statistics");
+  call.check(weight2, "weight2", {kAny, first.size.K, 3, 3});
+  const ConvSize second = second_size(first.size, weight2, padding2);
+  const int64_t least = pool ? 2 : 1;
+  STD_TORCH_CHECK(second.P >= least && second.Q >= least, "x is too small: the second convolution gives ",
+                  second.P, " x ", second.Q);
+  STD_TORCH_CHECK(second.K >= 1, "weight2 must have at least one output channel");
+  check_row(second.W + 2 * padding2, second.K, "the second convolution's output");
+  return {first, second};
+}
+
+[[maybe_unused]] std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_conv_relu_cuda(
+    const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& gamma, const Tensor& beta,
+    const Tensor& weight2, const Tensor& bias2, double eps, int64_t padding1, int64_t padding2, bool pool,
+    const std::string& precision) {
+  const Call call(x, "x");
+  const auto [first, s] = head_call(call, x, weight1, weight2, padding1, padding2, pool, precision);
+  call.check(bias1, "bias1", {s.C});
+  call.check(gamma, "gamma", {s.C});
+  call.check(beta, "beta", {s.C});
+  call.check(bias2, "bias2", {s.K});
+  const int64_t window = pool ? 2 : 1;
+  Tensor y = torch::stable::new_empty(x, {s.N, s.P / window, s.Q / window, s.K});
+  Tensor argmax =
+      torch::stable::new_empty(x, {pool ? s.N : 0, s.P / window, s.Q / window, s.K}, ScalarType::Byte);
+  Tensor z = torch::stable::new_empty(x, {s.N, s.H, s.W, s.C});
+  Tensor mean = torch::stable::new_empty(weight1, {s.C}), var = torch::stable::new_empty(weight1, {s.C});
+  const Tensor room = workspace(x, conv_bn_relu_conv_relu_workspace_bytes(first, s.K, padding2));
+  call.started(
+      launch_conv_bn_relu_conv_relu(
+          first, s.K, padding2, x.const_data_ptr(), const_data<float>(weight1), const_data<float>(bias1),
+          const_data<float>(gamma), const_data<float>(beta), const_data<float>(weight2),
+          const_data<float>(bias2), eps, y.mutable_data_ptr(), pool ? data<uint8_t>(argmax) : nullptr,
+          z.mutable_data_ptr(), data<float>(mean), data<float>(var), room.mutable_data_ptr(), call.stream()),
+      "conv_bn_relu_conv_relu");
+  return {y, argmax, z, mean, var};
+}
+
+/// dx, dweight1, dgamma, dbeta, dweight2, dbias2; bias1's gradient is zero.
+[[maybe_unused]] std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+conv_bn_relu_conv_relu_backward_cuda(const Tensor& dy, const Tensor& x, const Tensor& weight1,
+                                     const Tensor& gamma, const Tensor& beta, const Tensor& weight2,
+                                     const Tensor& y, const Tensor& argmax, const Tensor& z,
+                                     const Tensor& mean, const Tensor& var, double eps, int64_t padding1,
+                                     int64_t padding2, bool pool, const std::string& precision,
+                                     bool need_dx) {
+  const Call call(x, "x");
+  const auto [first, s] = head_call(call, x, weight1, weight2, padding1, padding2, pool, precision);
+  const int64_t window = pool ? 2 : 1;
+  for (const auto& [tensor, name] : {std::pair{&dy, "dy"}, std::pair{&y, "y"}}) {
+    call.check(*tensor, name, {s.N, s.P / window, s.Q / window, s.K}, scalar_type(first.dtype));
+  }
+  if (pool) call.check(argmax, "argmax", {s.N, s.P / 2, s.Q / 2, s.K}, ScalarType::Byte);
+  call.check(z, "z", {s.N, s.H, s.W, s.C}, scalar_type(first.dtype));
+  for (const auto& [tensor, name] : {std::pair{&gamma, "gamma"}, std::pair{&beta, "beta"},
+                                     std::pair{&mean, "mean"}, std::pair{&var, "var"}}) {
+    call.check(*tensor, name, {s.C});
+  }
+  const auto [dx, dweight1, dgamma] = empty_gradients(first.size, x, weight1, need_dx);
+  Tensor dbeta = torch::stable::new_empty(weight1, {s.C});
+  Tensor dweight2 = torch::stable::new_empty(weight2, {s.K, s.C, 3, 3});
+  Tensor dbias2 = torch::stable::new_empty(weight2, {s.K});
+  const Tensor room = workspace(x, conv_bn_relu_conv_relu_backward_workspace_bytes(first, s.K, padding2));
+  call.started(
+      launch_conv_bn_relu_conv_relu_backward(
+          first, s.K, padding2, dy.const_data_ptr(), x.const_data_ptr(), const_data<float>(weight1),
+          const_data<float>(gamma), const_data<float>(beta), const_data<float>(weight2), y.const_data_ptr(),
+          pool ? const_data<uint8_t>(argmax) : nullptr, z.const_data_ptr(), const_data<float>(mean),
+          const_data<float>(var), eps, need_dx ? dx.mutable_data_ptr() : nullptr, data<float>(dweight1),
+          data<float>(dgamma), data<float>(dbeta), data<float>(dweight2), data<float>(dbias2),
+          room.mutable_data_ptr(), call.stream()),
+      "_conv_bn_relu_conv_relu_backward");
+  return {dx, dweight1, dgamma, dbeta, dweight2, dbias2};
+}
+
 // ---- max_pool ------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> max_pool_cuda(const Tensor& x) {

@@ -136,6 +136,18 @@ __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
 
 namespace maskcore {
 
+// threadIdx.x, read anew each time: what is computed from it is not kept in registers from one call to the
+// next.
+__device__ __forceinline__ int fresh_thread() {
+#ifdef MASKCORE_CUDA_EMULATION
+  return static_cast<int>(threadIdx.x);
+#else
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+  return thread;
+#endif
+}
+
 // The inverse of pack_bf16, exact: a bfloat16 is a float's upper half.
 __device__ __forceinline__ float2 unpack_bf16(uint32_t packed) {
   return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));

@@ -61,14 +61,15 @@ FEW_THREADS = {
     "adam_count_kernel": "one thread: the two factors of a step",
     r"conv_halo_tile_kernel<HaloTile<\w+, 4, 1, 2, 2, 4, true>": "the whole filter of a 32-channel layer stays in the "
     "block's shared memory: it saves more traffic through L2 than more warps would hide",
+    r"conv_first_layer_gradient_kernel<FirstLayerGradientTile<(Tf32|Ieee)>": "its rows take 71 KB; the loads of one "
+    "block's 8 warps are more than an SM with 100 KB gets in a microsecond",
 }
 
 
-#: Kernels that spill on some targets, and the most bytes stored and loaded: one to three registers of 128, of batch
-#: norm's coefficients and of what is pooled. None is the aim.
+#: Kernels that spill on some targets, and the most bytes stored and loaded. None is the aim: one register of 128 is
+#: short where batch norm's coefficients meet a pool's places, on sm_100 and sm_120.
 SPILLS = {
-    r"conv_halo_tile_kernel<HaloTile<Tf32, 2, 4, 4, 3, 2, false>, BatchNormReluGradient": 12,
-    r"conv_weight_gradient_kernel<": 20,
+    r"conv_weight_gradient_kernel<GradientTile<Bf16, 2>, BatchNormRelu<bf16>, PooledReluGradient<bf16>>": 8,
 }
 
 
@@ -289,7 +290,10 @@ CONVOLUTIONS = [
     (2, 20, 20, 256, 32),
     (2, 20, 20, 32, 256),
     (1, 40, 40, 8, 16),
+    (1, 40, 40, 2, 40),
 ]
+#: Channels behind the two convolutions of a block's head.
+HEADS = [(32, 32), (64, 64), (128, 128), (256, 256), (7, 5), (256, 32), (32, 256)]
 ADDRESS = 1 << 20
 #: (DataType, Precision) of csrc/conv_size.h
 TYPES = {"float32 ieee": (0, 0), "float32 tf32": (0, 1), "float32 bf16": (0, 2), "bfloat16": (1, 2)}
@@ -331,8 +335,9 @@ def _conv_launches() -> Iterator[Launched]:
     forward = cuda_emulator.build("conv_relu_cuda.cu")
     backward = cuda_emulator.build("conv_relu_backward_cuda.cu")
     bn = cuda_emulator.build("conv_bn_relu_cuda.cu")
-    for N, H, W, C, K in CONVOLUTIONS:
-        for types in TYPES.values():
+    head = cuda_emulator.build("conv_bn_relu_conv_relu_cuda.cu")
+    for types in TYPES.values():
+        for N, H, W, C, K in CONVOLUTIONS:
             call = ConvCall(ConvSize(N, H, W, C, K, 0, H - 2, W - 2), *types, 132)
             yield from forward.record("launch_conv_relu", call, *[x] * 5)
             yield from forward.record("launch_conv_relu_max_pool", call, *[x] * 6)
@@ -340,6 +345,14 @@ def _conv_launches() -> Iterator[Launched]:
             yield from backward.record("launch_conv_relu_max_pool_backward", call, *[x] * 9)
             yield from bn.record("launch_conv_bn_relu_train", call, *[x] * 5, 1e-3, *[x] * 5)
             yield from bn.record("launch_conv_bn_relu_train_backward", call, *[x] * 8, 1e-3, *[x] * 5)
+        for K, K2 in HEADS:
+            call = ConvCall(ConvSize(2, 20, 20, 8, K, 0, 18, 18), *types, 132)
+            for argmax in (x, None):
+                outputs = (x, argmax, *[x] * 4)
+                yield from head.record("launch_conv_bn_relu_conv_relu", call, K2, 0, *[x] * 7, 1e-3, *outputs)
+                inputs = (*[x] * 7, argmax, *[x] * 3)
+                name = "launch_conv_bn_relu_conv_relu_backward"
+                yield from head.record(name, call, K2, 0, *inputs, 1e-3, *[x] * 7)
 
 
 @functools.cache

@@ -85,6 +85,8 @@ SIZES = [
     Size(1, 10, 40, 16, 24, 1),  # wide image
     Size(1, 40, 4, 17, 7, 0),  # tall image, odd channels
     Size(1, 30, 26, 20, 32, 1),  # more tiles than blocks of a resident filter
+    Size(1, 31, 33, 3, 33, 1),  # first layer, tiles that a block goes through, two blocks of channels
+    Size(2, 12, 40, 2, 8, 0),  # pictures of two channels
 ]
 IDS = list(map(str, SIZES))
 
@@ -104,6 +106,11 @@ def batch_norm() -> cuda_emulator.Kernels:
     return cuda_emulator.build("conv_bn_relu_cuda.cu")
 
 
+@pytest.fixture(scope="module")
+def fused() -> cuda_emulator.Kernels:
+    return cuda_emulator.build("conv_bn_relu_conv_relu_cuda.cu")
+
+
 CALL = np.dtype(
     [(name, np.int64) for name in ("N", "H", "W", "C", "K", "padding", "P", "Q")]
     + [(name, np.int32) for name in ("dtype", "precision", "multiprocessors", "_")]
@@ -116,14 +123,16 @@ def conv_call(s: Size, kind: Kind) -> np.ndarray:
     return np.array([(*s, s.P, s.Q, dtype, PRECISIONS.index(kind.precision), MULTIPROCESSORS, 0)], CALL)
 
 
-def workspace(kernels: cuda_emulator.Kernels, name: str, call: np.ndarray) -> Workspace:
+def workspace(kernels: cuda_emulator.Kernels, name: str, call: np.ndarray, *sizes: int) -> Workspace:
     function = kernels.library[kernels.launchers[name][0].symbol]
     function.restype = ctypes.c_int64
-    size = function(ctypes.c_void_p(call.ctypes.data))
-    # The emulator wants 16 bytes aligned memory, the launchers 256.
-    memory = torch.empty(size // 4 + 64, dtype=torch.float32)
-    skipped = -memory.data_ptr() % 256 // 4
-    return Workspace(memory[skipped : skipped + size // 4])
+    size = function(ctypes.c_void_p(call.ctypes.data), *map(ctypes.c_int64, sizes))
+    # The emulator wants 16 bytes aligned memory, the launchers 256. Races are found by element: a workspace may
+    # hold bfloat16.
+    element = torch.int16 if call["dtype"][0] == 1 else torch.float32
+    memory = torch.empty(size // element.itemsize + 128, dtype=element)
+    skipped = -memory.data_ptr() % 256 // element.itemsize
+    return Workspace(memory[skipped : skipped + size // element.itemsize])
 
 
 def whole(*shape: int, largest: int = 3) -> Tensor:
@@ -148,6 +157,18 @@ def close(ours: Tensor, exact: Tensor, terms: int, name: str, magnitude: float =
     stored = 2.0**-8 * exact.abs() if ours.dtype == torch.bfloat16 else 0.0
     excess = float(((ours.double() - exact).abs() - stored).max())
     assert excess <= limit, f"{name}: error {excess:.3g} > {limit:.3g}"
+
+
+def close_but_for_rounding(
+    ours: Tensor, exact: Tensor, squares: Tensor, kind: Kind, terms: int, name: str, roundings: int = 1
+) -> None:
+    """The same where an operand is rounded after it was computed in float32, so that it may fall to the other side
+    of a tie: so the operand's rounding is in the bound here. Of random terms' sum it is 2^-(mantissa + 1) of their
+    root sum of ``squares`` at most, of the largest of these; six standard deviations of 1 / sqrt(3) of that.
+    """
+    rounding = roundings * 2.0 ** -(kind.mantissa + 1) * 6 / math.sqrt(3) * float(squares.max().sqrt())
+    magnitude = rounding / (2 * math.sqrt(terms) * EPS32) + float(exact.abs().max())
+    close(ours, exact, terms, name, magnitude=magnitude)
 
 
 def equal(ours: Tensor, exact: Tensor, name: str) -> None:
@@ -328,34 +349,158 @@ def test_conv_bn_relu_train(batch_norm: cuda_emulator.Kernels, s: Size, kind: st
     close(dgamma, sum_g_zhat, pixels, "dgamma", magnitude=float((g * zhat).abs().max()))
     dz = scale * (g - sum_g / pixels - zhat * sum_g_zhat / pixels)
     dx_exact, dweight_exact = gradients(dz, rounded_x, rounded_weight, s.padding)
-    # dz is rounded after it was computed in float32, where it may fall to the other side of a tie: so the
-    # operand's rounding is in the bound here. Of random terms' sum it is 2^-(mantissa + 1) of their root sum of
-    # squares at most, of the largest of these; six standard deviations of 1 / sqrt(3) of that.
-    unit = 2.0 ** -(k.mantissa + 1) * 6 / math.sqrt(3)
-    squares_dx, squares_dweight = gradients(
-        dz.square(), rounded_x.square(), rounded_weight.square(), s.padding
+    squares = gradients(dz.square(), rounded_x.square(), rounded_weight.square(), s.padding)
+    close_but_for_rounding(dx, dx_exact, squares[0], k, 9 * s.K, "dx")
+    close_but_for_rounding(dweight, dweight_exact, squares[1], k, pixels, "dweight")
+
+
+class Head(NamedTuple):
+    """A block's head: the convolution in front of the batch norm, the channels and padding of the one behind it."""
+
+    first: Size
+    K: int
+    padding: int
+
+    def __str__(self) -> str:
+        return f"{self.first}_K{self.K}_p{self.padding}"
+
+    @property
+    def second(self) -> Size:
+        s = self.first
+        return Size(s.N, s.P, s.Q, s.K, self.K, self.padding)
+
+
+HEADS = [
+    Head(Size(2, 15, 17, 3, 32, 0), 32, 0),  # the network's first block
+    Head(Size(1, 12, 19, 16, 33, 1), 40, 1),  # tails, a border of zeros behind the batch norm
+    Head(Size(1, 9, 10, 5, 40, 0), 66, 1),  # a wide tile
+    Head(Size(2, 5, 4, 8, 7, 1), 5, 0),
+]
+
+
+def second_of_head(
+    forward: cuda_emulator.Kernels, call: np.ndarray, y1: Tensor, weight: Tensor, bias: Tensor, y: Tensor
+) -> Tensor | None:
+    """Of the second convolution by itself: y, and argmax where it is pooled."""
+    room = workspace(forward, "conv_relu_workspace_bytes", call)
+    if y.shape[1:3] == (call["P"][0], call["Q"][0]):
+        forward.run("launch_conv_relu", call, y1, weight, bias, Output(y), room)
+        return None
+    argmax = torch.empty(y.shape, dtype=torch.uint8)
+    forward.run("launch_conv_relu_max_pool", call, y1, weight, bias, Output(y), Output(argmax), room)
+    return argmax
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pool", [False, True], ids=["whole", "pooled"])
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_conv_bn_relu_conv_relu(
+    forward: cuda_emulator.Kernels,
+    backward: cuda_emulator.Kernels,
+    batch_norm: cuda_emulator.Kernels,
+    fused: cuda_emulator.Kernels,
+    head: Head,
+    pool: bool,
+    kind: str,
+) -> None:
+    """Forward, and the second filter's gradient: the bits of the operators that it replaces. The other gradients,
+    whose batch norm's sums are those of the second convolution's tiles, against float64."""
+    k, s, t, eps = KINDS[kind], head.first, head.second, 1e-3
+    x = torch.randn(s.N, s.H, s.W, s.C).to(k.dtype)
+    weight1, bias1 = torch.randn(s.K, s.C, 3, 3) / math.sqrt(9 * s.C), torch.randn(s.K)
+    gamma, beta = torch.randn(s.K), torch.randn(s.K)
+    weight2, bias2 = torch.randn(t.K, t.C, 3, 3) / math.sqrt(9 * t.C), torch.randn(t.K)
+    first, second = conv_call(s, k), conv_call(t, k)
+    sizes = (t.K, t.padding)
+
+    y1_apart = torch.empty(s.N, s.P, s.Q, s.K, dtype=k.dtype)
+    apart = [torch.empty_like(y1_apart), torch.empty(s.K), torch.empty(s.K)]
+    y_apart = torch.empty(t.N, t.P // (1 + pool), t.Q // (1 + pool), t.K, dtype=k.dtype)
+    room = workspace(batch_norm, "conv_bn_relu_train_workspace_bytes", first)
+    outputs = (Output(y1_apart), *map(Output, apart))
+    batch_norm.run("launch_conv_bn_relu_train", first, x, weight1, bias1, gamma, beta, eps, *outputs, room)
+    argmax_apart = second_of_head(forward, second, y1_apart, weight2, bias2, y_apart)
+
+    y, argmax = torch.empty_like(y_apart), torch.empty(y_apart.shape, dtype=torch.uint8)
+    z, mean, var = (torch.empty_like(tensor) for tensor in apart)
+    room = workspace(fused, "conv_bn_relu_conv_relu_workspace_bytes", first, *sizes)
+    results = (Output(y), Output(argmax) if pool else None, Output(z), Output(mean), Output(var))
+    parameters = (weight1, bias1, gamma, beta, weight2, bias2)
+    fused.run("launch_conv_bn_relu_conv_relu", first, *sizes, x, *parameters, eps, *results, room)
+    for ours, theirs in zip((y, z, mean, var), (y_apart, *apart), strict=True):
+        assert torch.equal(ours, theirs)
+    assert argmax_apart is None or torch.equal(argmax, argmax_apart)
+
+    dy = torch.randn(y.shape).to(k.dtype)
+    dweight2_apart, dbias2_apart = torch.empty(weight2.shape), torch.empty(t.K)
+    room = workspace(backward, "conv_relu_backward_workspace_bytes", second)
+    memory = (second, dy, y1_apart, weight2, y, *([argmax] if pool else []))
+    outputs = (Output(torch.empty_like(y1_apart)), Output(dweight2_apart), Output(dbias2_apart))
+    backward.run(f"launch_conv_relu{'_max_pool' * pool}_backward", *memory, *outputs, room)
+
+    dx, dweight1, dweight2 = (
+        torch.empty(x.shape, dtype=k.dtype),
+        torch.empty(weight1.shape),
+        torch.empty(weight2.shape),
     )
-    for name, ours, exact, squares, terms in (
-        ("dx", dx, dx_exact, squares_dx, 9 * s.K),
-        ("dweight", dweight, dweight_exact, squares_dweight, pixels),
-    ):
-        rounding = unit * float(squares.max().sqrt())
-        close(
-            ours,
-            exact,
-            terms,
-            name,
-            magnitude=rounding / (2 * math.sqrt(terms) * EPS32) + float(exact.abs().max()),
-        )
+    dgamma, dbeta, dbias2 = torch.empty(s.K), torch.empty(s.K), torch.empty(t.K)
+    room = workspace(fused, "conv_bn_relu_conv_relu_backward_workspace_bytes", first, *sizes)
+    memory = (
+        first,
+        *sizes,
+        dy,
+        x,
+        weight1,
+        gamma,
+        beta,
+        weight2,
+        y,
+        argmax if pool else None,
+        z,
+        mean,
+        var,
+        eps,
+    )
+    results = tuple(map(Output, (dx, dweight1, dgamma, dbeta, dweight2, dbias2)))
+    fused.run("launch_conv_bn_relu_conv_relu_backward", *memory, *results, room)
+    assert torch.equal(dweight2, dweight2_apart)
+    assert torch.equal(dbias2, dbias2_apart)
+
+    g2 = torch.where(y > 0, dy.double(), 0.0)
+    if pool:
+        g2 = unpool(g2, argmax, t.P, t.Q)
+    dy1, _ = gradients(k.round(g2), k.round(y1_apart.double()), k.round(weight2.double()), t.padding)
+    g = torch.where(y1_apart > 0, dy1, 0.0)
+    pixels = s.N * s.P * s.Q
+    scale = gamma.double() / (var.double() + eps).sqrt()
+    zhat = (z.double() - mean.double()) / (var.double() + eps).sqrt()
+    sum_g, sum_g_zhat = g.sum((0, 1, 2)), (g * zhat).sum((0, 1, 2))
+    # Each g is a float32 sum of 9 K numbers itself.
+    of_g = math.sqrt(9 * t.K)
+    close(dbeta, sum_g, pixels, "dbeta", magnitude=of_g * float(g.abs().max()))
+    close(dgamma, sum_g_zhat, pixels, "dgamma", magnitude=of_g * float((g * zhat).abs().max()))
+    dz = scale * (g.to(k.dtype).double() - sum_g / pixels - zhat * sum_g_zhat / pixels)
+    rounded_x, rounded_weight = k.round(x.double()), k.round(weight1.double())
+    dx_exact, dweight_exact = gradients(dz, rounded_x, rounded_weight, s.padding)
+    squares = gradients(dz.square(), rounded_x.square(), rounded_weight.square(), s.padding)
+    # Of terms that are themselves float32 sums of 9 K; in bfloat16 g was rounded as well as dz.
+    roundings = 2 if k.dtype == torch.bfloat16 else 1
+    close_but_for_rounding(dx, dx_exact, squares[0], k, 9 * s.K * 9 * t.K, "dx", roundings)
+    close_but_for_rounding(dweight1, dweight_exact, squares[1], k, pixels * 9 * t.K, "dweight1", roundings)
 
 
 @pytest.mark.parametrize("order", cuda_emulator.ORDERS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("s", [Size(2, 12, 21, 33, 34, 1), Size(2, 17, 21, 3, 34, 1)], ids=str)
 def test_same_bits_in_any_order(
-    backward: cuda_emulator.Kernels, batch_norm: cuda_emulator.Kernels, kind: str, order: cuda_emulator.Order
+    backward: cuda_emulator.Kernels,
+    batch_norm: cuda_emulator.Kernels,
+    s: Size,
+    kind: str,
+    order: cuda_emulator.Order,
 ) -> None:
     """Threads and blocks run in another order: nothing that they share is unprotected, every sum is the same."""
-    s, k = Size(2, 12, 21, 33, 34, 1), KINDS[kind]
+    k = KINDS[kind]
     x, weight = torch.randn(s.N, s.H, s.W, s.C).to(k.dtype), torch.randn(s.K, s.C, 3, 3)
     dy, y = torch.randn(2, s.N, s.P, s.Q, s.K).to(k.dtype)
     call = conv_call(s, k)
@@ -375,3 +520,40 @@ def test_same_bits_in_any_order(
         found.append((dx, dweight, dbias, z, mean, var))
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("order", cuda_emulator.ORDERS[1:])
+@pytest.mark.parametrize("kind", ["tf32", "bf16"])
+def test_a_head_gives_the_same_bits_in_any_order(
+    fused: cuda_emulator.Kernels, kind: str, order: cuda_emulator.Order
+) -> None:
+    k, head = KINDS[kind], HEADS[1]
+    s, t = head.first, head.second
+    call, sizes = conv_call(s, k), (t.K, t.padding)
+    x, z = torch.randn(s.N, s.H, s.W, s.C).to(k.dtype), torch.randn(s.N, s.P, s.Q, s.K).to(k.dtype)
+    dy, y = torch.randn(2, t.N, t.P, t.Q, t.K).to(k.dtype)
+    weight1, weight2 = torch.randn(s.K, s.C, 3, 3), torch.randn(t.K, t.C, 3, 3)
+    gamma, beta, mean, var = torch.rand(4, s.K).unbind()
+    room = workspace(fused, "conv_bn_relu_conv_relu_backward_workspace_bytes", call, *sizes)
+    found = []
+    for used in ("forward", order):
+        gradients_of_parameters = (weight1, gamma, beta, weight2, torch.empty(t.K))
+        results = [torch.empty_like(like) for like in (x, *gradients_of_parameters)]
+        inputs = (
+            dy,
+            x,
+            weight1,
+            gamma.clone(),
+            beta.clone(),
+            weight2,
+            y,
+            None,
+            z,
+            mean.clone(),
+            var.clone(),
+            1e-3,
+        )
+        memory = (call, *sizes, *inputs, *map(Output, results), room)
+        fused.run("launch_conv_bn_relu_conv_relu_backward", *memory, order=used, seed=3)
+        found.append(results)
+    assert all(map(torch.equal, *found))

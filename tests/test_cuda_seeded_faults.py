@@ -42,6 +42,7 @@ WIDE = Size(2, 9, 18, 20, 65, 1)
 NARROW = Size(3, 20, 21, 16, 30, 1)
 # One tile alone: the first buffer is the last in use.
 ALONE = Size(1, 6, 7, 20, 30, 1)
+PICTURES = Size(2, 24, 32, 3, 30, 1)
 
 
 def run_forward(kernels: Kernels, s: Size, order: Order) -> None:
@@ -82,6 +83,7 @@ class Seeded(NamedTuple):
 
 
 HALO = "conv_halo_tile.cuh"
+PICTURE = "conv_first_layer.cuh"
 IN_FLIGHT = "which a cp.async of .* still owns"
 
 FORWARD = [
@@ -108,7 +110,7 @@ FORWARD = [
            "slot == 0 ? Tile::kStages - 1 : slot - 1", "slot",
            f"race: |{IN_FLIGHT}"),
     Seeded("patch_without_its_last_pixel", HALO,
-           "number(i) < tiling.patch_pixels * kRowChunks", "number(i) < (tiling.patch_pixels - 1) * kRowChunks",
+           "number < tiling.patch_pixels * kRowChunks", "number < (tiling.patch_pixels - 1) * kRowChunks",
            "which nothing has written"),
     Seeded("filter_not_swizzled", HALO,
            "cp_async_16(to + swizzled(i / kRowChunks, i % kRowChunks), from + i)",
@@ -126,6 +128,15 @@ FORWARD = [
     Seeded("one_channel_too_many", "conv_epilogues.cuh",
            "      if (i < count) p[i] = v[i];", "      if (i <= count) p[i] = v[i];",
            "race|out of bounds"),
+    Seeded("no_barrier_before_a_picture", PICTURE,
+           "    __syncthreads();  // the patch is there, the other one is free\n"
+           "    const Tiling::Position at = Tiling::load(positions + turn);\n    const bool more = tile + stride",
+           "    const Tiling::Position at = Tiling::load(positions + turn);\n    const bool more = tile + stride",
+           "race: |which nothing has written"),
+    Seeded("no_warp_barrier_before_the_gathered_rows", PICTURE,
+           "    __syncwarp();  // the warp's rows are there\n    float acc", "    float acc",
+           "race: |which nothing has written"),
+    Seeded("gathered_rows_too_far_apart", PICTURE, "+ i - r * 3 * C]", "+ i]", f"{WRONG_RESULT}|which nothing"),
 ]  # fmt: skip
 
 GRADIENT = "conv_weight_gradient.cuh"
@@ -138,9 +149,6 @@ BACKWARD = [
            IN_FLIGHT),
     Seeded("rows_that_are_not_aligned", GRADIENT,
            "kPad = 128 / Math::kLanes", "kPad = 64 / Math::kLanes", "misaligned: "),
-    Seeded("no_barrier_before_the_bias_is_summed", GRADIENT,
-           "  __syncthreads();  // the bias' sums", "  // the bias' sums",
-           "race: "),
     Seeded("return_before_a_barrier", GRADIENT,
            "    if (c0 > 0) return;\n", "    if (c0 > 0 || thread >= Tile::kTileK) return;\n",
            "barrier divergence: "),
@@ -149,6 +157,14 @@ BACKWARD = [
            "race of blocks: writes"),
     Seeded("a_tile_between_two_splits", GRADIENT,
            "first_tile(split_of_block + 1));", "first_tile(split_of_block + 1) - 1);", WRONG_RESULT),
+    Seeded("no_warp_barrier_after_the_gathered_rows", PICTURE,
+           "      __syncwarp();  // and were read\n", "", "race: "),
+    Seeded("no_barrier_before_the_warps_are_added", PICTURE,
+           "  // The warps' sums, and the lanes' of the bias, are added in their order.\n  __syncthreads();\n",
+           "", "race: |which nothing has written|differ, first at"),
+    Seeded("last_warp_left_out", PICTURE,
+           "for (int of = 0; of < Tile::kWarps; ++of) total", "for (int of = 0; of < Tile::kWarps - 1; ++of) total",
+           WRONG_RESULT),
 ]  # fmt: skip
 
 
@@ -170,7 +186,7 @@ def _compiled_together(request: pytest.FixtureRequest) -> None:
 
 def finding(run: Callable[[Kernels, Size, Order], None], kernels: Kernels, order: Order) -> str:
     """What is found wrong at the first size that shows it."""
-    for size in (WIDE, NARROW, ALONE):
+    for size in (WIDE, NARROW, ALONE, PICTURES):
         try:
             run(kernels, size, order)
         except (Fault, AssertionError) as fault:

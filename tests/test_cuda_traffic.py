@@ -19,6 +19,11 @@ pytestmark = pytest.mark.skipif(not cuda_emulator.has_compiler(), reason="there 
 LAYERS = [Size(1, 54, 54, 32, 32, 0), Size(1, 62, 62, 64, 64, 0), Size(1, 28, 28, 128, 128, 0)]
 
 
+#: Of layers with 52 and 26 pixels in a row, where tiles of 8 would leave out 4 of 56 and 6 of 32: rows of 13 pixels are
+#: cheaper than they, although eight pixels that reach over a row's end meet in a bank (conv_tiling.cuh).
+CONFLICTS = {LAYERS[0]: 1.8, LAYERS[2]: 1.8}
+
+
 class Limit(NamedTuple):
     file: str
     text: str  # of the line
@@ -37,8 +42,8 @@ FORWARD = [
     # The patch: its rows begin anywhere in a line of banks.
     Limit("conv_sources.cuh", "cp_async_16(", "global", "reads", 1.0),
     Limit("conv_sources.cuh", "cp_async_16(", "shared", "writes", 1.1),
-    # Eight pixels that reach over a tile's row end lie pitch - cols pixels apart and meet in a bank.
-    Limit("conv_math.cuh", "ldmatrix_x4(a_fragment,", "shared", "reads", 1.9),
+    # Where rows are multiples of 8 pixels (CONFLICTS) but for the pixels past the image, which are its first one.
+    Limit("conv_math.cuh", "ldmatrix_x4(a_fragment,", "shared", "reads", 1.1),
 ]  # fmt: skip
 
 
@@ -60,5 +65,7 @@ def test_forward(layer: Size, kind: str) -> None:
         places = {f"{file}:{i}" for i, line in enumerate(lines, 1) if text in line}
         found = [entry for entry in traffic if entry[:3] in {(place, space, verb) for place in places}]
         assert found, f"nothing {verb} {space} memory at {text!r} of {file}"
+        if text.startswith("ldmatrix_x4(a_"):
+            limit = CONFLICTS.get(layer, limit)
         units, least = sum(entry.units for entry in found), sum(entry.least for entry in found)
         assert units <= limit * least, f"{file} {text!r} {verb} {space}: {units / least:.2f} times the least"

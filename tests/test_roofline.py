@@ -46,6 +46,17 @@ def test_a_step_moves_at_most_55_percent_of_the_eager_step(roofline: ModuleType)
             assert all(math.isfinite(kernel.bytes) and kernel.bytes > 0 for kernel in (*ours, *theirs))
 
 
+def test_a_head_as_one_operator_saves_at_least_5_percent_of_a_step(roofline: ModuleType) -> None:
+    """Less would not pay for its kernels."""
+    for precision in roofline.PRECISIONS:
+        for batch in roofline.BATCHES:
+            apart = roofline.training(batch, precision)
+            heads = roofline.training_with_heads(batch, precision)
+            for gpu in roofline.GPUS:
+                saved = 1 - roofline.total(heads, gpu, precision) / roofline.total(apart, gpu, precision)
+                assert saved >= 0.05, f"{gpu.name}, {precision.name}, batch {batch}: {saved:.1%}"
+
+
 def test_the_page_is_what_the_script_writes(roofline: ModuleType) -> None:
     if not roofline.TABLE.exists():
         pytest.skip("docs/ is not in this copy of the sources")
