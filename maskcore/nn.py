@@ -213,7 +213,9 @@ def conv_bn_relu_conv_relu(first: ConvBNReLU, second: ConvReLU, x: Tensor) -> Te
         second.pool,
         first.precision,
     )
-    first._follow(mean, var, x.shape[0] * (x.shape[2] + 2 * first.padding - 2) * (x.shape[3] + 2 * first.padding - 2))
+    first._follow(
+        mean, var, x.shape[0] * (x.shape[2] + 2 * first.padding - 2) * (x.shape[3] + 2 * first.padding - 2)
+    )
     return y
 
 

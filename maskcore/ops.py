@@ -511,7 +511,14 @@ def _(
 
 @_fake("maskcore::_conv_bn_relu_conv_relu_train_backward")
 def _(
-    dy: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, gamma: Tensor, beta: Tensor, weight2: Tensor, *rest: Any
+    dy: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight2: Tensor,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     need_dx = rest[-1]
     dx, dweight1, dchannel = _fake_conv_gradients(x, weight1, need_dx)
