@@ -126,14 +126,18 @@ class Network(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = list(self.children())
-        i = 0
-        while i < len(layers):
-            if i + 1 < len(layers) and nn.can_fuse(layers[i], layers[i + 1], x):
-                x = nn.conv_bn_relu_conv_relu(layers[i], layers[i + 1], x)
-                i += 2
+        while layers:
+            first, second = layers[0], layers[1] if len(layers) > 1 else None
+            if (
+                isinstance(first, nn.ConvBNReLU)
+                and isinstance(second, nn.ConvReLU)
+                and nn.can_fuse(first, second, x)
+            ):
+                x = nn.conv_bn_relu_conv_relu(first, second, x)
+                del layers[:2]
             else:
-                x = layers[i](x)
-                i += 1
+                x = first(x)
+                del layers[0]
         return x
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
