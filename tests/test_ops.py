@@ -1082,6 +1082,35 @@ def op_samples() -> dict[str, list[tuple[Any, ...]]]:
         + [(x, weight, vector, 0), (x, weight, vector, 0, ops.transform_filter(weight))],
         "conv_relu_max_pool": [(leaf(2, 7, 6, 3), leaf(5, 3, 3, 3), leaf(5), p) for p in (0, 1)],
         "conv_bn_relu_train": [(leaf(2, 7, 6, 3), *bn, p) for p in (0, 1)] + [(x, *bn, 0)],
+        "conv_bn_relu_conv_relu_train": [
+            (leaf(2, 7, 6, C), leaf(5, C, 3, 3), *bn[1:4], leaf(4, 5, 3, 3), leaf(4), 1e-3, 0, 1, pool)
+            for C in (3, 4)
+            for pool in (True, False)
+        ],
+        "_conv_bn_relu_conv_relu_train_backward": [
+            (
+                *(
+                    torch.randn(2, 3, 2, 4),
+                    torch.randn(2, 7, 6, C),
+                    torch.randn(5, C, 3, 3),
+                    vector,
+                    vector,
+                    vector,
+                ),
+                *(
+                    torch.randn(4, 5, 3, 3),
+                    torch.randn(2, 3, 2, 4),
+                    torch.empty(0, 3, 2, 4, dtype=torch.uint8),
+                ),
+                *(
+                    torch.randn(2 if C > 3 else 0, 5, 4, 5),
+                    torch.eye(28 if C == 3 else 0, dtype=torch.float64),
+                ),
+                *(vector, positive, 1e-3, 0, 0, False, "ieee", need),
+            )
+            for C in (3, 4)
+            for need in (True, False)
+        ],
         "max_pool": [(leaf(2, 7, 6, 3),), (x,)],
         "dense": [(leaf(4, 7), leaf(3, 7), leaf(3), relu) for relu in (True, False)],
         "_dense_backward": [
