@@ -215,7 +215,8 @@ def dense_backward(name: str, N: int, inputs: int, outputs: int, p: Precision) -
         yield Kernel(name, "gradient to float32", weights * (2 + 4))
 
 
-def training(N: int, p: Precision) -> list[Kernel]:
+def training_apart(N: int, p: Precision) -> list[Kernel]:
+    """The step with every convolution as an operator of its own."""
     convs, e = convolutions(N), p.element
     pixels = N * convs[0].H * convs[0].W * 3
     kernels = [Kernel("input", "uint8 to augmented batch", pixels * (1 + e))]
@@ -237,14 +238,14 @@ def training(N: int, p: Precision) -> list[Kernel]:
     return kernels
 
 
-def training_with_heads(N: int, p: Precision) -> list[Kernel]:
-    """The step with a convolution, its batch norm and the convolution behind it as one operator
+def training(N: int, p: Precision) -> list[Kernel]:
+    """The step as it is: a convolution, its batch norm and the convolution behind it are one operator
     (csrc/conv_bn_relu_conv_relu_cuda.cu): no pass makes the normalised tensor, and the second one's backward-data
     reads z for the sums of the batch norm's gradient, which no pass makes either."""
     convs = convolutions(N)
     behind = {second.name: first for first, second in itertools.pairwise(convs) if first.bn}
     kernels = []
-    for kernel in training(N, p):
+    for kernel in training_apart(N, p):
         if kernel.name in ("batch norm, ReLU", "sums of the batch norm's gradient"):
             continue
         if kernel.name == "backward-data" and kernel.layer in behind:
@@ -375,11 +376,11 @@ def summary() -> Iterator[str]:
 
 
 def gains() -> Iterator[str]:
-    yield row("", "batch", "GB", "GB with heads", *(f"{gpu.name}" for gpu in GPUS))
+    yield row("", "batch", "GB apart", "GB", *(f"{gpu.name}" for gpu in GPUS))
     yield row(*["---"] * 2, *["---:"] * (2 + len(GPUS)))
     for p in PRECISIONS:
         for N in BATCHES:
-            apart, heads = training(N, p), training_with_heads(N, p)
+            apart, heads = training_apart(N, p), training(N, p)
             cells = []
             for gpu in GPUS:
                 saved = [
@@ -443,10 +444,9 @@ bandwidth; {EXPECTED} tensor cores) / PyTorch eager's roof.
 
 HEADS = """## A block's head as one operator
 
-The step above has a pass that makes max(batch_norm(z), 0) and one for the sums of its gradient. With
-`conv_bn_relu_conv_relu` the next convolution makes the one while it loads z, and its backward-data the other; the gain
-is that of the step's predicted time, by the roof / as expected. The kernels are written and tested; the network does
-not call them yet: the tables here are without them.
+With each convolution as an operator of its own, a step has a pass that makes max(batch_norm(z), 0) and one for the sums
+of its gradient. In `conv_bn_relu_conv_relu_train`, which the step takes, the next convolution makes the one while it
+loads z, and its backward-data the other; the gain is that of the step's predicted time, by the roof / as expected.
 
 """
 

@@ -207,8 +207,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const auto g_channel = [&](int thread) { return share->x + thread % Tile::kGradientChunks * kLanes; };
   const auto x_channel = [&](int thread) { return share->y + thread % Tile::kInputChunks * kLanes; };
 
-  // Items are of one step, so that they take no registers after it.
-  struct Items {
+  // Items are of one step, so that they take no registers after it; a step has one of the two, which a union
+  // says: each in a place of its own would stay in registers beside the products.
+  union Items {
     Item<Math, Gradient> g;
     Item<Math, Source> x;
   };

@@ -316,7 +316,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_backward_cuda(
 }
 
 // ---- conv_bn_relu_conv_relu ----------------------------------------------------------------------
-// Not registered: the operator has no schema yet (ops.cpp).
+// z is always stored. gram serves the CPU, which computes z again where channels are few: empty here.
 
 /// Sizes of the second convolution, of the first one's output z.
 ConvSize second_size(const ConvSize& first, const Tensor& weight2, int64_t padding2) {
@@ -341,7 +341,7 @@ std::pair<ConvCall, ConvSize> head_call(const Call& call, const Tensor& x, const
   return {first, second};
 }
 
-[[maybe_unused]] std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_conv_relu_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_conv_relu_train_cuda(
     const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& gamma, const Tensor& beta,
     const Tensor& weight2, const Tensor& bias2, double eps, int64_t padding1, int64_t padding2, bool pool,
     const std::string& precision) {
@@ -356,6 +356,7 @@ std::pair<ConvCall, ConvSize> head_call(const Call& call, const Tensor& x, const
   Tensor argmax =
       torch::stable::new_empty(x, {pool ? s.N : 0, s.P / window, s.Q / window, s.K}, ScalarType::Byte);
   Tensor z = torch::stable::new_empty(x, {s.N, s.H, s.W, s.C});
+  Tensor gram = torch::stable::new_empty(x, {0, 0}, ScalarType::Double);
   Tensor mean = torch::stable::new_empty(weight1, {s.C}), var = torch::stable::new_empty(weight1, {s.C});
   const Tensor room = workspace(x, conv_bn_relu_conv_relu_workspace_bytes(first, s.K, padding2));
   call.started(
@@ -364,28 +365,28 @@ std::pair<ConvCall, ConvSize> head_call(const Call& call, const Tensor& x, const
           const_data<float>(gamma), const_data<float>(beta), const_data<float>(weight2),
           const_data<float>(bias2), eps, y.mutable_data_ptr(), pool ? data<uint8_t>(argmax) : nullptr,
           z.mutable_data_ptr(), data<float>(mean), data<float>(var), room.mutable_data_ptr(), call.stream()),
-      "conv_bn_relu_conv_relu");
-  return {y, argmax, z, mean, var};
+      "conv_bn_relu_conv_relu_train");
+  return {y, argmax, z, gram, mean, var};
 }
 
 /// dx, dweight1, dgamma, dbeta, dweight2, dbias2; bias1's gradient is zero.
-[[maybe_unused]] std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-conv_bn_relu_conv_relu_backward_cuda(const Tensor& dy, const Tensor& x, const Tensor& weight1,
-                                     const Tensor& gamma, const Tensor& beta, const Tensor& weight2,
-                                     const Tensor& y, const Tensor& argmax, const Tensor& z,
-                                     const Tensor& mean, const Tensor& var, double eps, int64_t padding1,
-                                     int64_t padding2, bool pool, const std::string& precision,
-                                     bool need_dx) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_conv_relu_train_backward_cuda(
+    const Tensor& dy, const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& gamma,
+    const Tensor& beta, const Tensor& weight2, const Tensor& y, const Tensor& argmax, const Tensor& z,
+    const Tensor& gram, const Tensor& mean, const Tensor& var, double eps, int64_t padding1, int64_t padding2,
+    bool pool, const std::string& precision, bool need_dx) {
   const Call call(x, "x");
   const auto [first, s] = head_call(call, x, weight1, weight2, padding1, padding2, pool, precision);
   const int64_t window = pool ? 2 : 1;
   for (const auto& [tensor, name] : {std::pair{&dy, "dy"}, std::pair{&y, "y"}}) {
     call.check(*tensor, name, {s.N, s.P / window, s.Q / window, s.K}, scalar_type(first.dtype));
   }
-  if (pool) call.check(argmax, "argmax", {s.N, s.P / 2, s.Q / 2, s.K}, ScalarType::Byte);
+  call.check(argmax, "argmax", {pool ? s.N : 0, s.P / window, s.Q / window, s.K}, ScalarType::Byte);
+  call.check(gram, "gram", {0, 0}, ScalarType::Double);
   call.check(z, "z", {s.N, s.H, s.W, s.C}, scalar_type(first.dtype));
-  for (const auto& [tensor, name] : {std::pair{&gamma, "gamma"}, std::pair{&beta, "beta"},
-                                     std::pair{&mean, "mean"}, std::pair{&var, "var"}}) {
+  for (const auto& [tensor, name] :
+       {std::pair{&bias1, "bias1"}, std::pair{&gamma, "gamma"}, std::pair{&beta, "beta"},
+        std::pair{&mean, "mean"}, std::pair{&var, "var"}}) {
     call.check(*tensor, name, {s.C});
   }
   const auto [dx, dweight1, dgamma] = empty_gradients(first.size, x, weight1, need_dx);
@@ -401,7 +402,7 @@ conv_bn_relu_conv_relu_backward_cuda(const Tensor& dy, const Tensor& x, const Te
           const_data<float>(var), eps, need_dx ? dx.mutable_data_ptr() : nullptr, data<float>(dweight1),
           data<float>(dgamma), data<float>(dbeta), data<float>(dweight2), data<float>(dbias2),
           room.mutable_data_ptr(), call.stream()),
-      "_conv_bn_relu_conv_relu_backward");
+      "_conv_bn_relu_conv_relu_train_backward");
   return {dx, dweight1, dgamma, dbeta, dweight2, dbias2};
 }
 
@@ -578,6 +579,9 @@ STABLE_TORCH_LIBRARY_IMPL(maskcore, CUDA, m) {
   m.impl("_conv_relu_max_pool_backward", TORCH_BOX(&maskcore::conv_relu_max_pool_backward_cuda));
   m.impl("conv_bn_relu_train", TORCH_BOX(&maskcore::conv_bn_relu_train_cuda));
   m.impl("_conv_bn_relu_train_backward", TORCH_BOX(&maskcore::conv_bn_relu_train_backward_cuda));
+  m.impl("conv_bn_relu_conv_relu_train", TORCH_BOX(&maskcore::conv_bn_relu_conv_relu_train_cuda));
+  m.impl("_conv_bn_relu_conv_relu_train_backward",
+         TORCH_BOX(&maskcore::conv_bn_relu_conv_relu_train_backward_cuda));
   m.impl("max_pool", TORCH_BOX(&maskcore::max_pool_cuda));
   m.impl("_max_pool_backward", TORCH_BOX(&maskcore::max_pool_backward_cuda));
   m.impl("softmax_cross_entropy", TORCH_BOX(&maskcore::softmax_cross_entropy_cuda));

@@ -184,14 +184,14 @@ def _is_watched(layer: torch.nn.Module) -> bool:
 def can_fuse(first: torch.nn.Module, second: torch.nn.Module, x: Tensor) -> bool:
     """Whether :func:`conv_bn_relu_conv_relu` may stand for ``second(first(x))``.
 
-    It is for training on the CPU, and calls no hooks: a layer that has some is called by itself.
+    It is for training, and calls no hooks: a layer that has some is called by itself.
     """
     return (
         type(first) is ConvBNReLU
         and type(second) is ConvReLU
         and first.training
         and first.precision == second.precision
-        and x.device.type == "cpu"
+        and x.device.type in ("cpu", "cuda")
         and not _is_watched(first)
         and not _is_watched(second)
     )

@@ -407,7 +407,7 @@ _autograd(
 
 # ---- conv_bn_relu_conv_relu ----------------------------------------------------------------------
 
-#: Input channels up to which the kernels compute the first convolution again instead of storing its output.
+#: Input channels up to which the CPU's kernels compute the first convolution again instead of storing its output.
 _MOST_RECOMPUTED = 3
 
 
@@ -427,8 +427,8 @@ def conv_bn_relu_conv_relu_train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`conv_bn_relu_train` and, behind it, :func:`conv_relu` or with ``pool`` :func:`conv_relu_max_pool`.
 
-    What is between the two is never stored, nor its gradient where x has up to 3 channels and needs none. On the CPU
-    only.
+    The activation between the two is never stored. On the CPU, where x has up to 3 channels, neither is the first
+    convolution's output, nor its gradient if x needs none.
 
     Args:
         x, weight1, bias1, gamma, beta, eps, padding1: of the first, as for :func:`conv_bn_relu_train`.
@@ -493,7 +493,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     N, H, W, C = x.shape
     K1, K2 = weight1.shape[0], weight2.shape[0]
-    recomputed = C <= _MOST_RECOMPUTED
+    recomputed = x.device.type == "cpu" and C <= _MOST_RECOMPUTED
     H1, W1 = _output_size(H, W, padding1)
     P, Q = _output_size(H1, W1, padding2)
     if pool:

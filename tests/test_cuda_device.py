@@ -115,6 +115,52 @@ def test_conv_bn_relu_train(device: str, shape: tuple[int, ...], kind: Any) -> N
     )
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("pool", [False, True], ids=["whole", "pooled"])
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_conv_bn_relu_conv_relu_train(device: str, shape: tuple[int, ...], pool: bool, kind: Any) -> None:
+    """Beside the two operators that it replaces: they decide alike at the ReLU in the middle, where float64 would
+    not, and a gradient that goes the other way there is no rounding error."""
+    N, H, W, C, K = shape
+    precision, dtype = kind
+    first = [torch.randn(K, C, 3, 3) / (3 * C**0.5), torch.randn(K), torch.rand(K) + 0.5, torch.randn(K)]
+    second = [torch.randn(40, K, 3, 3) / (3 * K**0.5), torch.randn(40)]
+    operands = [image(N, C, H, W).to(dtype), *first, *second]
+
+    def apart(*given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y1, mean, var = ops.conv_bn_relu_train(*given[:5], padding=1, precision=precision)
+        convolve = ops.conv_relu_max_pool if pool else ops.conv_relu
+        return convolve(y1, *given[5:], precision=precision), mean, var
+
+    def head(*given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.conv_bn_relu_conv_relu_train(*given, padding1=1, pool=pool, precision=precision)
+
+    found, dy = [], None
+    for operator in (apart, head):
+        given = [operand.detach().clone().to(device).requires_grad_() for operand in operands]
+        y, mean, var = operator(*given)
+        if dy is None:
+            dy = torch.randn_like(y)
+            dy[y.detach().abs() < 0.1 * y.detach().abs().max()] = 0
+        y.backward(dy)
+        assert y.dtype == dtype
+        found.append([y.detach(), mean, var, *(operand.grad for operand in given)])
+    for i, (mine, theirs) in enumerate(zip(found[1], found[0], strict=True)):
+        assert mine is not None
+        assert theirs is not None
+        assert mine.dtype == theirs.dtype
+        assert_close(mine, theirs, TOLERANCE[precision], f"result {i}")
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["whole", "pooled"])
+def test_shape_inference_says_what_a_head_stores(device: str, pool: bool) -> None:
+    """Other than the CPU's kernels it stores z of pictures, too, and no gram matrix."""
+    shapes = [(2, 8, 9, 3), (5, 3, 3, 3), (5,), (5,), (5,), (7, 5, 3, 3), (7,)]
+    operands = [torch.randn(shape, device=device) for shape in shapes]
+    head = torch.ops.maskcore.conv_bn_relu_conv_relu_train
+    torch.library.opcheck(head, (*operands, 1e-3, 1, 0, pool), test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 32, 9, 12), (1, 5, 4, 4)], ids=str)
 def test_max_pool(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -148,6 +148,18 @@ print(*sorted(n for n in names if not torch._C._dispatch_has_kernel_for_dispatch
     ], found.stderr
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_a_head_stores_is_a_question_of_the_device(device: str) -> None:
+    """Of pictures the CPU's kernels keep a gram matrix, the others z. Shape inference knows; meta
+    stands for a GPU."""
+    shapes = [(2, 8, 9, 3), (5, 3, 3, 3), (5,), (5,), (5,), (7, 5, 3, 3), (7,)]
+    operands = [torch.randn(shape, device=device) for shape in shapes]
+    *_, z, gram, _, _ = torch.ops.maskcore.conv_bn_relu_conv_relu_train(*operands, 1e-3, 1, 0, True)
+    assert z.shape == ((0 if device == "cpu" else 2), 8, 9, 5)
+    assert gram.shape == ((28, 28) if device == "cpu" else (0, 0))
+    assert gram.dtype == torch.float64
+
+
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
 def test_a_gpu_that_is_too_old_is_named(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "_cuda_objects", lambda: [Path("x.so")])

@@ -50,8 +50,8 @@ def test_a_head_as_one_operator_saves_at_least_5_percent_of_a_step(roofline: Mod
     """Less would not pay for its kernels."""
     for precision in roofline.PRECISIONS:
         for batch in roofline.BATCHES:
-            apart = roofline.training(batch, precision)
-            heads = roofline.training_with_heads(batch, precision)
+            apart = roofline.training_apart(batch, precision)
+            heads = roofline.training(batch, precision)
             for gpu in roofline.GPUS:
                 saved = 1 - roofline.total(heads, gpu, precision) / roofline.total(apart, gpu, precision)
                 assert saved >= 0.05, f"{gpu.name}, {precision.name}, batch {batch}: {saved:.1%}"
