@@ -25,7 +25,7 @@ COLOURS = {"winograd": "#c8553d", "direct": "#3b6ea8", "PyTorch": "#5f8a4c", BFL
 #: What a training process runs first, to have PyTorch's layers in place of the kernels.
 _WITH_PYTORCH = """
 import sys
-from maskcore import ops, train
+from maskcore import nn, ops, train
 
 def plain(reference):
     return lambda *tensors, transformed=None, precision="ieee": reference(*tensors[:parameters[reference]])
@@ -36,6 +36,7 @@ ops.conv_relu = plain(ops.conv_relu_reference)
 ops.conv_relu_max_pool = plain(ops.conv_relu_max_pool_reference)
 ops.conv_bn_relu = plain(ops.conv_bn_relu_reference)
 ops.conv_bn_relu_train = plain(ops.conv_bn_relu_train_reference)
+nn.can_fuse = lambda *_: False
 ops.max_pool = ops.max_pool_reference
 ops.softmax_cross_entropy = ops.softmax_cross_entropy_reference
 sys.exit(train.main(sys.argv[1:]))
