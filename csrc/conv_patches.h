@@ -1,17 +1,15 @@
 // A convolution with few input channels, such as the first layer's 3, in front of batch normalisation and
-// ReLU: it is cheaper to compute again than to fetch, so that nothing of its size is ever stored. A pixel's 9
-// C taps p, less a shift, and a 1 are a row of a matrix P [pixels][kPatch]. What batch normalisation needs of
-// z = w p + b are sums over the batch's M pixels, and all of them follow from two products with P. With cov =
-// P^T P / M - mean_p mean_p^T:
-//   mean_k = w_k mean_p + b_k,  var_k = w_k cov w_k                                              from P^T P
-//   S_k = sum g_k,  A_k = sum (p - mean_p) g_k                                                   from P^T g
-//   sum g_k (z_k - mean_k) = w_k A_k
-//   dw_k = sum p dz_k = scale_k (A_k - slope_k M cov w_k)          as dz = scale (g - S / M - (z - mean)
-//   slope), and
-//                                                                  sum dz = 0
-// (g, slope: batch_norm.h). The products are float32 over at most kPatchPixels pixels and double from there
-// on. relu(bn(z)) is the convolution with the normalisation folded in: relu((scale w) p + beta + scale (b -
-// mean)).
+// ReLU: it is cheaper to compute again than to fetch, so that nothing of its size is ever stored. A pixel's
+// 9 C taps p, less a shift, and a 1 are a row of a matrix P [pixels][kPatch]. What batch normalisation needs
+// of z = w p + b are sums over the batch's M pixels, and all of them follow from two products with P:
+//   P^T P    gives mean_p and cov = sum (p - mean_p)(p - mean_p)^T / M
+//              mean_k = w_k mean_p + b_k,  var_k = w_k cov w_k
+//   P^T g    gives S_k = sum g_k and A_k = sum (p - mean_p) g_k
+//              sum g_k (z_k - mean_k) = w_k A_k
+//              dw_k = sum p dz_k = scale_k (A_k - slope_k M cov w_k)
+// the last as dz = scale (g - S / M - (z - mean) slope), and sum dz = 0 (g, slope: batch_norm.h).
+// The products are float32 over at most kPatchPixels pixels and double from there on. relu(bn(z)) is the
+// convolution with the normalisation folded in: relu((scale w) p + beta + scale (b - mean)).
 #pragma once
 
 #include <algorithm>
