@@ -21,9 +21,9 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-# The kernels use the stable ABI of LibTorch 2.10, so any torch from 2.10 on will do to build with. The one
+# The kernels use the stable ABI of LibTorch 2.11, so any torch from 2.11 on will do to build with. The one
 # that is installed is taken, although pip hides it from an isolated build; only without any is one downloaded.
-TORCH_ABI = 0x020A000000000000
+TORCH_ABI = 0x020B000000000000
 TORCH_TO_BUILD_WITH = "torch==2.13.0"
 
 # Best first; the flags are for GCC and Clang. Zen 4, Sapphire Rapids | Skylake-X | Haswell, Zen | any x86-64.
@@ -54,7 +54,7 @@ def torch_is_found() -> bool:
         except ImportError:
             sys.path.remove(site_packages)
             return False
-    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 
 
 def instruction_sets() -> dict[str, str]:

@@ -133,7 +133,7 @@ def bench_inference(
 
 _STEPS = """
 import pathlib, sys, torch
-from maskcore import models, ops, optim, _native
+from maskcore import models, ops, optim
 engine, size, batch, threads = sys.argv[1], *map(int, sys.argv[2:])
 torch.set_num_threads(threads)
 network = models.create("final", image_size=size, seed=0)
@@ -141,7 +141,6 @@ if engine == "PyTorch":
     network = models.torch_twin(network).to(memory_format=torch.channels_last)
     optimizer, loss_of = torch.optim.Adam(network.parameters(), fused=True), torch.nn.functional.cross_entropy
 else:
-    _native.keep_heap()  # as the command train does
     optimizer, loss_of = optim.Adam(network.parameters()), ops.softmax_cross_entropy
 x, target = torch.rand(batch, 3, size, size).to(memory_format=torch.channels_last), torch.arange(batch) % 3
 def peak():  # the resource module's figure would include the parent's at the fork

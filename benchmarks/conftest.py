@@ -1,12 +1,13 @@
 """The comparison that every benchmark makes: maskcore and its peers in turn, in one process.
 
 A round times each peer and then maskcore, so that a drift of the machine's speed falls on all. The table at
-the end has medians; pytest-benchmark's own table has the distribution of maskcore's times. All run with a heap
-that is kept (as maskcore's commands have it): no engine's time is that of the system clearing pages.
+the end has medians; pytest-benchmark's own table has the distribution of maskcore's times. The peers run with a
+malloc that keeps what was freed, as maskcore does by itself: no engine's time is that of the system clearing pages.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import statistics
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 import maskcore
-from maskcore import _native, models
+from maskcore import models
 
 
 @dataclasses.dataclass
@@ -43,6 +44,16 @@ _phases = pytest.StashKey[list[str]]()
 PHASES = ("filter transform", "input transform", "products", "output transform", "direct")
 
 
+def keep_freed_memory() -> None:
+    """Spares the engines that use malloc (glibc's) the page faults of activations mapped anew each step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)
+        mallopt(m_top_pad, 64 * 2**20)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("maskcore")
     group.addoption("--rounds", type=int, default=9, help="timed rounds of each comparison")
@@ -52,11 +63,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--phases", action="store_true", help="show where the convolutions' time goes, a row a benchmark"
     )
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
+    group.addoption(
+        "--plain-malloc",
+        action="store_true",
+        help="leave malloc as it is; by default the peers get one that keeps what they freed, which speeds them up",
+    )
     group.addoption("--threads", type=int, default=os.cpu_count(), help="threads of both engines")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    _native.keep_heap()
+    if not config.getoption("--plain-malloc"):
+        keep_freed_memory()
     config.stash[_comparisons] = []
     config.stash[_memory] = []
     config.stash[_phases] = []

@@ -20,9 +20,10 @@ from typing import Any
 import engines
 import torch
 import torch.nn.functional as F
+from conftest import keep_freed_memory
 
 import maskcore
-from maskcore import _native, models, ops, optim
+from maskcore import models, ops, optim
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (128, 192, 256, 384, 512)
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    _native.keep_heap()
+    keep_freed_memory()
     given.out.mkdir(parents=True, exist_ok=True)
     rows = measure(given.rounds, given.threads)
     with open(given.out / "speed.csv", "w", newline="") as file:

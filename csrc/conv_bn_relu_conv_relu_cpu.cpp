@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arena.h"
 #include "batch_norm.h"
 #include "conv_backward.h"
 #include "conv_patches.h"
@@ -53,13 +54,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_conv_rel
   STD_TORCH_CHECK(s1.N >= 1, "x must hold at least one image: there are no statistics of an empty batch");
   const PoolShape pooled =
       pool ? pooled_shape(s2) : PoolShape{.N = s2.N, .H = 2 * s2.P, .W = 2 * s2.Q, .C = s2.K};
-  Tensor y = torch::stable::new_empty(x, {s2.N, pooled.P, pooled.Q, s2.K});
-  Tensor argmax = torch::stable::new_empty(x, {pool ? s2.N : 0, pooled.P, pooled.Q, s2.K}, ScalarType::Byte);
-  Tensor z = torch::stable::new_empty(x, {shape.recomputed() ? 0 : s1.N, s1.P, s1.Q, s1.K});
+  Tensor y = empty_activation({s2.N, pooled.P, pooled.Q, s2.K});
+  Tensor argmax = empty_activation({pool ? s2.N : 0, pooled.P, pooled.Q, s2.K}, ScalarType::Byte);
+  Tensor z = empty_activation({shape.recomputed() ? 0 : s1.N, s1.P, s1.Q, s1.K});
   const int64_t gram_size = shape.recomputed() ? kTaps * s1.C + 1 : 0;
-  Tensor gram = torch::stable::new_empty(x, {gram_size, gram_size}, ScalarType::Double);
-  Tensor mean = torch::stable::new_empty(x, {s1.K});
-  Tensor var = torch::stable::new_empty(x, {s1.K});
+  Tensor gram = empty_activation({gram_size, gram_size}, ScalarType::Double);
+  Tensor mean = empty_activation({s1.K});
+  Tensor var = empty_activation({s1.K});
   const float *x_data = x.const_data_ptr<float>(), *weight1_data = weight1.const_data_ptr<float>(),
               *bias1_data = bias1.const_data_ptr<float>();
   float *mean_data = mean.mutable_data_ptr<float>(), *var_data = var.mutable_data_ptr<float>();
@@ -148,24 +149,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_conv_rel
   check_tensor(beta, "beta", {s1.K});
   check_tensor(mean, "mean", {s1.K});
   check_tensor(var, "var", {s1.K});
-  Tensor dx = torch::stable::new_empty(x, {need_dx ? s1.N : 0, s1.H, s1.W, s1.C});
-  Tensor dweight1 = torch::stable::new_empty(weight1, {s1.K, s1.C, 3, 3});
-  Tensor dgamma = torch::stable::new_empty(weight1, {s1.K});
-  Tensor dbeta = torch::stable::new_empty(weight1, {s1.K});
-  Tensor dweight2 = torch::stable::new_empty(weight2, {s2.K, s2.C, 3, 3});
-  Tensor dbias2 = torch::stable::new_empty(weight2, {s2.K});
+  Tensor dweight1 = empty_gradient({s1.K, s1.C, 3, 3});
+  Tensor dgamma = empty_gradient({s1.K});
+  Tensor dbeta = empty_gradient({s1.K});
+  Tensor dweight2 = empty_gradient({s2.K, s2.C, 3, 3});
+  Tensor dbias2 = empty_gradient({s2.K});
   const float *x_data = x.const_data_ptr<float>(), *weight1_data = weight1.const_data_ptr<float>(),
               *bias1_data = bias1.const_data_ptr<float>(), *mean_data = mean.const_data_ptr<float>(),
               *var_data = var.const_data_ptr<float>();
   float *dweight1_data = dweight1.mutable_data_ptr<float>(), *dgamma_data = dgamma.mutable_data_ptr<float>(),
         *dbeta_data = dbeta.mutable_data_ptr<float>(), *dweight2_data = dweight2.mutable_data_ptr<float>(),
         *dbias2_data = dbias2.mutable_data_ptr<float>();
-  float* dx_data = need_dx ? dx.mutable_data_ptr<float>() : nullptr;
   const Affine affine(s1.K, gamma.const_data_ptr<float>(), beta.const_data_ptr<float>(), mean_data, var_data,
                       eps);
   const double pixels = static_cast<double>(s1.N * s1.P) * static_cast<double>(s1.Q);
-  // The gradient at relu(bn(z)), where it has to be stored.
-  const auto gradient_tensor = [&]() { return torch::stable::new_empty(x, {s1.N, s1.P, s1.Q, s1.K}); };
+  const auto dx_tensor = [&]() { return empty_activation({need_dx ? s1.N : 0, s1.H, s1.W, s1.C}); };
+  // The gradient at relu(bn(z)), where it has to be stored. Freed before dx is, it should lie below it.
+  const auto gradient_tensor = [&]() { return empty_activation({s1.N, s1.P, s1.Q, s1.K}); };
   const bool rows_are_taken = use_winograd(s2) && backward_in_pieces(s2);
 
   if (!shape.recomputed()) {
@@ -184,8 +184,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_conv_rel
       total = gradient_sums(d.const_data_ptr<float>(), z_data, affine, mean_data, s1.N * s1.P, s1.Q, s1.K);
     }
     const BatchNormGradient bn(total, pixels, var_data, eps, dgamma_data, dbeta_data);
+    Tensor dx = dx_tensor();
     convolve_backward(s1, allowed, bn.source(d.const_data_ptr<float>(), z_data, affine, mean_data, s1),
-                      x_data, weight1_data, dx_data, dweight1_data, /*dbias=*/nullptr);
+                      x_data, weight1_data, need_dx ? dx.mutable_data_ptr<float>() : nullptr, dweight1_data,
+                      /*dbias=*/nullptr);
     return {dx, dweight1, dgamma, dbeta, dweight2, dbias2};
   }
 
@@ -209,17 +211,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_conv_rel
   const BatchNormGradient bn(moments.gradient_sums(products, weight1_data, s1.K), pixels, var_data, eps,
                              dgamma_data, dbeta_data);
   moments.filter_gradient(products, weight1_data, s1.K, affine.scale.data(), bn.slope.data(), dweight1_data);
-  if (need_dx) {
-    Tensor z_again = gradient_tensor();
-    float* z_data = z_again.mutable_data_ptr<float>();
-    convolve(
-        s1, s1.P, s1.Q, Activation{x_data, s1.H, s1.W, s1.C}, pack_filter(weight1_data, s1, /*turned=*/false),
-        bias1_data, /*relu=*/false,
-        [=](int64_t n, int64_t p, int64_t) { return z_data + (n * s1.P + p) * s1.Q * s1.K; },
-        [](int64_t, int64_t, int64_t) {});
-    convolve_backward_data(s1, bn.source(d->const_data_ptr<float>(), z_data, affine, mean_data, s1),
-                           weight1_data, dx_data);
-  }
+  if (!need_dx) return {dx_tensor(), dweight1, dgamma, dbeta, dweight2, dbias2};
+  Tensor z_again = gradient_tensor(), dx = dx_tensor();
+  float* z_data = z_again.mutable_data_ptr<float>();
+  convolve(
+      s1, s1.P, s1.Q, Activation{x_data, s1.H, s1.W, s1.C}, pack_filter(weight1_data, s1, /*turned=*/false),
+      bias1_data, /*relu=*/false,
+      [=](int64_t n, int64_t p, int64_t) { return z_data + (n * s1.P + p) * s1.Q * s1.K; },
+      [](int64_t, int64_t, int64_t) {});
+  convolve_backward_data(s1, bn.source(d->const_data_ptr<float>(), z_data, affine, mean_data, s1),
+                         weight1_data, dx.mutable_data_ptr<float>());
   return {dx, dweight1, dgamma, dbeta, dweight2, dbias2};
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <tuple>
 
+#include "arena.h"
 #include "batch_norm.h"
 #include "conv_backward.h"
 #include "shapes.h"
@@ -23,10 +24,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_cpu(const Tensor& 
   check_tensor(gamma, "gamma", {s.K});
   check_tensor(beta, "beta", {s.K});
   STD_TORCH_CHECK(s.N >= 1, "x must hold at least one image: there are no statistics of an empty batch");
-  Tensor y = torch::stable::new_empty(x, {s.N, s.P, s.Q, s.K});
-  Tensor z = torch::stable::new_empty(x, {s.N, s.P, s.Q, s.K});
-  Tensor mean = torch::stable::new_empty(x, {s.K});
-  Tensor var = torch::stable::new_empty(x, {s.K});
+  Tensor y = empty_activation({s.N, s.P, s.Q, s.K});
+  Tensor z = empty_activation({s.N, s.P, s.Q, s.K});
+  Tensor mean = empty_activation({s.K});
+  Tensor var = empty_activation({s.K});
   float* y_data = y.mutable_data_ptr<float>();
   float* z_data = z.mutable_data_ptr<float>();
   const int64_t rows = s.N * s.P, row_floats = s.Q * s.K;
@@ -67,10 +68,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_relu_train_backward_cpu(
   check_tensor(beta, "beta", {s.K});
   check_tensor(mean, "mean", {s.K});
   check_tensor(var, "var", {s.K});
-  Tensor dx = torch::stable::new_empty(x, {need_dx ? s.N : 0, s.H, s.W, s.C});
-  Tensor dweight = torch::stable::new_empty(weight, {s.K, s.C, 3, 3});
-  Tensor dgamma = torch::stable::new_empty(weight, {s.K});
-  Tensor dbeta = torch::stable::new_empty(weight, {s.K});
+  Tensor dx = empty_activation({need_dx ? s.N : 0, s.H, s.W, s.C});
+  Tensor dweight = empty_gradient({s.K, s.C, 3, 3});
+  Tensor dgamma = empty_gradient({s.K});
+  Tensor dbeta = empty_gradient({s.K});
 
   const float* dy_data = dy.const_data_ptr<float>();
   const float* z_data = z.const_data_ptr<float>();

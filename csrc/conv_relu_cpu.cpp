@@ -9,6 +9,7 @@
 #include <string>
 #include <tuple>
 
+#include "arena.h"
 #include "conv_backward.h"
 #include "conv_relu.h"
 #include "conv_winograd.h"
@@ -44,7 +45,7 @@ Tensor conv_relu_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   const Precision allowed = parse_precision(precision);
   const ConvShape s = ConvShape::of(x, weight, padding);
   check_tensor(bias, "bias", {s.K});
-  Tensor y = torch::stable::new_empty(x, {s.N, s.P, s.Q, s.K});
+  Tensor y = empty_activation({s.N, s.P, s.Q, s.K});
   const Activation input{x.const_data_ptr<float>(), s.H, s.W, s.C};
   const float* filter = use_winograd(s) ? transformed_data(transformed, s) : nullptr;
   convolve_relu(s, allowed, input, weight.const_data_ptr<float>(), filter, bias.const_data_ptr<float>(),
@@ -57,9 +58,9 @@ template <class Gradient>
 std::tuple<Tensor, Tensor, Tensor> conv_backward(const ConvShape& s, const std::string& precision,
                                                  const Gradient& gradient, const Tensor& x,
                                                  const Tensor& weight, bool need_dx) {
-  Tensor dx = torch::stable::new_empty(x, {need_dx ? s.N : 0, s.H, s.W, s.C});
-  Tensor dweight = torch::stable::new_empty(weight, {s.K, s.C, 3, 3});
-  Tensor dbias = torch::stable::new_empty(weight, {s.K});
+  Tensor dx = empty_activation({need_dx ? s.N : 0, s.H, s.W, s.C});
+  Tensor dweight = empty_gradient({s.K, s.C, 3, 3});
+  Tensor dbias = empty_gradient({s.K});
   convolve_backward(s, parse_precision(precision), gradient, x.const_data_ptr<float>(),
                     weight.const_data_ptr<float>(), need_dx ? dx.mutable_data_ptr<float>() : nullptr,
                     dweight.mutable_data_ptr<float>(), dbias.mutable_data_ptr<float>());
@@ -84,8 +85,8 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool_cpu(const Tensor& x, const Tensor&
   const ConvShape s = ConvShape::of(x, weight, padding);
   check_tensor(bias, "bias", {s.K});
   const PoolShape pool = pooled_shape(s);
-  Tensor y = torch::stable::new_empty(x, {s.N, pool.P, pool.Q, s.K});
-  Tensor argmax = torch::stable::new_empty(x, {s.N, pool.P, pool.Q, s.K}, ScalarType::Byte);
+  Tensor y = empty_activation({s.N, pool.P, pool.Q, s.K});
+  Tensor argmax = empty_activation({s.N, pool.P, pool.Q, s.K}, ScalarType::Byte);
   const Activation input{x.const_data_ptr<float>(), s.H, s.W, s.C};
   const float* filter = use_winograd(s) ? transformed_data(transformed, s) : nullptr;
   convolve_relu_max_pool(s, allowed, input, weight.const_data_ptr<float>(), filter,

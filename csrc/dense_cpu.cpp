@@ -12,6 +12,7 @@
 #include <tuple>
 #include <utility>
 
+#include "arena.h"
 #include "register_tile.h"
 #include "shapes.h"
 #include "vector.h"
@@ -171,7 +172,7 @@ Tensor dense_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, bool
     }
     return y;
   }
-  Tensor y = torch::stable::new_empty(x, {s.N, s.K});
+  Tensor y = empty_activation({s.N, s.K});
   with_samples(s.N, [&]<int N>() {
     dense_small<N>(s, x.const_data_ptr<float>(), weight.const_data_ptr<float>(), b, relu,
                    y.mutable_data_ptr<float>());
@@ -184,8 +185,8 @@ std::tuple<Tensor, Tensor, Tensor> dense_backward_cpu(const Tensor& dy, const Te
   const DenseShape s = dense_shape(x, weight);
   check_tensor(dy, "dy", {s.N, s.K});
   check_tensor(y, "y", {s.N, s.K});
-  Tensor g = torch::stable::new_empty(dy, {s.N, s.K});
-  Tensor dbias = torch::stable::new_empty(weight, {s.K});
+  Tensor g = empty_activation({s.N, s.K});
+  Tensor dbias = empty_gradient({s.K});
   const float *dy_data = dy.const_data_ptr<float>(), *y_data = y.const_data_ptr<float>();
   float *g_data = g.mutable_data_ptr<float>(), *db = dbias.mutable_data_ptr<float>();
   std::fill_n(db, s.K, 0.0f);
@@ -200,8 +201,8 @@ std::tuple<Tensor, Tensor, Tensor> dense_backward_cpu(const Tensor& dy, const Te
     return {torch::stable::matmul(g, weight), torch::stable::matmul(torch::stable::transpose(g, 0, 1), x),
             dbias};
   }
-  Tensor dx = torch::stable::new_empty(x, {s.N, s.C});
-  Tensor dweight = torch::stable::new_empty(weight, {s.K, s.C});
+  Tensor dx = empty_activation({s.N, s.C});
+  Tensor dweight = empty_gradient({s.K, s.C});
   with_samples(s.N, [&]<int N>() {
     dense_backward_small<N>(s, g_data, x.const_data_ptr<float>(), weight.const_data_ptr<float>(),
                             dx.mutable_data_ptr<float>(), dweight.mutable_data_ptr<float>());

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "arena.h"
 #include "max_pool.h"
 #include "shapes.h"
 
@@ -15,8 +16,8 @@ std::tuple<Tensor, Tensor> max_pool_cpu(const Tensor& x) {
   check_tensor(x, "x", {kAny, kAny, kAny, kAny});
   const PoolShape s{.N = x.size(0), .H = x.size(1), .W = x.size(2), .C = x.size(3)};
   STD_TORCH_CHECK(s.P >= 1 && s.Q >= 1, "x must be at least 2 pixels high and wide, is ", s.H, " x ", s.W);
-  Tensor y = torch::stable::new_empty(x, {s.N, s.P, s.Q, s.C});
-  Tensor argmax = torch::stable::new_empty(x, {s.N, s.P, s.Q, s.C}, ScalarType::Byte);
+  Tensor y = empty_activation({s.N, s.P, s.Q, s.C});
+  Tensor argmax = empty_activation({s.N, s.P, s.Q, s.C}, ScalarType::Byte);
   const float* x_data = x.const_data_ptr<float>();
   float* y_data = y.mutable_data_ptr<float>();
   uint8_t* argmax_data = argmax.mutable_data_ptr<uint8_t>();
@@ -34,7 +35,7 @@ Tensor max_pool_backward_cpu(const Tensor& dy, const Tensor& argmax, int64_t H, 
   check_tensor(dy, "dy", {kAny, H / 2, W / 2, kAny});
   const PoolShape s{.N = dy.size(0), .H = H, .W = W, .C = dy.size(3)};
   check_tensor(argmax, "argmax", {s.N, s.P, s.Q, s.C}, ScalarType::Byte);
-  Tensor dx = torch::stable::new_empty(dy, {s.N, s.H, s.W, s.C});
+  Tensor dx = empty_activation({s.N, s.H, s.W, s.C});
   const float* dy_data = dy.const_data_ptr<float>();
   const uint8_t* argmax_data = argmax.const_data_ptr<uint8_t>();
   float* dx_data = dx.mutable_data_ptr<float>();

@@ -8,10 +8,6 @@
 
 #include <unistd.h>
 
-#if defined(__linux__)
-#include <malloc.h>
-#endif
-
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -323,17 +319,6 @@ void to_float(const py::array& source, py::array out, float scale) {
   }
 }
 
-/// Lets a process keep the memory that it frees: of glibc's malloc only, elsewhere nothing happens (nor to
-/// tensors of a torch with an allocator of its own, as 2.14.1 from PyPI seems to have). Otherwise every
-/// activation of a step is mapped anew, and its pages are cleared one fault at a time.
-void keep_heap() {
-#if defined(__GLIBC__)
-  mallopt(M_MMAP_MAX, 0);
-  mallopt(M_TRIM_THRESHOLD, -1);  // never
-  mallopt(M_TOP_PAD, 64 * 1024 * 1024);
-#endif
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -341,9 +326,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("supported_isa", &supported_isa,
              "Kernel builds this processor can run, best first: a subset of avx512bf16, avx512, "
              "avx2, baseline.");
-  module.def("keep_heap", &keep_heap,
-             "Lets this process keep the memory it frees instead of giving it back to the system "
-             "(glibc).");
   module.def("cache_sizes", &cache_sizes,
              "Data cache sizes of the first core in bytes: {'L1d', 'L2', 'L3'}; 0 if unknown.");
   module.def("warp", &warp, py::arg("source"), py::arg("matrix"), py::arg("fill"), py::arg("out"),

@@ -55,6 +55,7 @@ STABLE_TORCH_LIBRARY(maskcore, m) {
       " bool keras_epsilon) -> ()");
   m.def("dropout(Tensor x, Tensor seed, float p) -> Tensor");
   m.def("warp(Tensor pictures, Tensor matrices, float fill, float scale, bool bfloat16=False) -> Tensor");
+  m.def("empty_cache() -> ()");
   m.def("_fma_loop(int steps) -> int");
   m.def("_phase_times() -> Tensor");
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "arena.h"
 #include "shapes.h"
 
 namespace maskcore {
@@ -16,8 +17,8 @@ std::tuple<Tensor, Tensor> softmax_cross_entropy_cpu(const Tensor& logits, const
   const int64_t N = logits.size(0), K = logits.size(1);
   check_tensor(target, "target", {N}, ScalarType::Long);
   STD_TORCH_CHECK(N >= 1 && K >= 1, "logits must hold at least one sample and one class");
-  Tensor loss = torch::stable::new_empty(logits, {});
-  Tensor probabilities = torch::stable::new_empty(logits, {N, K});
+  Tensor loss = empty_activation({});
+  Tensor probabilities = empty_activation({N, K});
   const float* x = logits.const_data_ptr<float>();
   const int64_t* classes = target.const_data_ptr<int64_t>();
   float* p = probabilities.mutable_data_ptr<float>();
@@ -42,7 +43,7 @@ Tensor softmax_cross_entropy_backward_cpu(const Tensor& dloss, const Tensor& pro
   check_tensor(probabilities, "probabilities", {kAny, kAny});
   const int64_t N = probabilities.size(0), K = probabilities.size(1);
   check_tensor(target, "target", {N}, ScalarType::Long);
-  Tensor dlogits = torch::stable::new_empty(probabilities, {N, K});
+  Tensor dlogits = empty_activation({N, K});
   const float scale = *dloss.const_data_ptr<float>() / static_cast<float>(N);
   const float* p = probabilities.const_data_ptr<float>();
   const int64_t* classes = target.const_data_ptr<int64_t>();

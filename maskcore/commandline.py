@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from maskcore import _native
 from maskcore.errors import UserError
 
 EXIT_STATUSES = """\
@@ -45,7 +44,6 @@ def run(
 
     A UserError, and an OSError that nothing nearer has explained, becomes one line on stderr.
     """
-    _native.keep_heap()  # else every step maps its activations anew and clears their pages
     try:
         return body(parser.parse_args(argv))
     except UserError as error:

@@ -901,3 +901,11 @@ def _warp_cpu(
 @_fake("maskcore::warp")
 def _(pictures: Tensor, matrices: Tensor, fill: float, scale: float, bfloat16: bool = False) -> Tensor:
     return pictures.new_empty(pictures.shape, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+
+
+def empty_cache() -> None:
+    """Gives the system back the memory that freed results of operators on the CPU left, as ``torch.cuda.empty_cache``.
+
+    Otherwise the process keeps it for the next results, so it stays as large as its largest step was.
+    """
+    _ops.empty_cache()

@@ -28,6 +28,13 @@ class Adam(torch.optim.Optimizer):
     Parameters must be float32 and dense (any memory format). A parameter without a gradient is left as it is.
     """
 
+    # Not as torch decorates them: its decorator imports torch._dynamo when first called, a second and 70 MB that a
+    # process which compiles nothing would spend on keeping the compiler out of these two.
+    add_param_group = getattr(
+        torch.optim.Optimizer.add_param_group, "__wrapped__", torch.optim.Optimizer.add_param_group
+    )
+    zero_grad = getattr(torch.optim.Optimizer.zero_grad, "__wrapped__", torch.optim.Optimizer.zero_grad)
+
     #: Of each group, once count_on_device was called: the number of steps done, int64 on the parameters' device.
     counts: list[torch.Tensor] | None = None
 

@@ -167,7 +167,7 @@ def note_session(folder: Path, config: dict[str, Any], epoch: int, batch: int) -
 
 
 class Events:
-    """TensorBoard scalars, one point an epoch; does nothing where tensorboard is missing."""
+    """TensorBoard scalars, one point an epoch; does nothing where tensorboard is missing or cannot be imported."""
 
     def __init__(self, folder: Path, first_epoch: int):
         try:
@@ -175,13 +175,13 @@ class Events:
         except ImportError:
             self._writer = None
             return
+        except Exception as error:  # what a protobuf of another version raises is no ImportError
+            reason = str(error).partition(". ")[0]
+            print(f"warning: no TensorBoard events, since importing it fails: {reason}", file=sys.stderr)
+            self._writer = None
+            return
         # Points that a killed process wrote after its last checkpoint are purged on resuming.
         self._writer = SummaryWriter(str(folder / "events"), purge_step=first_epoch)
-
-    @property
-    def available(self) -> bool:
-        """Whether anything is written."""
-        return self._writer is not None
 
     def add(self, record: dict[str, Any]) -> None:
         """Writes the record of one epoch."""

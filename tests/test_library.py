@@ -97,29 +97,6 @@ def test_operators_of_the_other_instruction_sets(isa: str) -> None:
     assert " passed" in found.stdout
 
 
-def test_the_heap_is_kept() -> None:
-    """Memory that is freed and asked for again brings no new page faults."""
-    program = """
-import ctypes, resource
-from maskcore import _native
-_native.keep_heap()
-malloc = ctypes.CDLL(None)
-malloc.malloc.restype = ctypes.c_void_p
-def faults(size=256 * 2**20):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    block = ctypes.c_void_p(malloc.malloc(ctypes.c_size_t(size)))
-    ctypes.memset(block, 1, size)
-    malloc.free(block)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(), faults())
-"""
-    found = run("-c", program, isa=None)
-    first, second = map(int, found.stdout.split())
-    if first < 100:
-        pytest.skip("this system's pages are too large to be counted")
-    assert second < first / 10
-
-
 @pytest.mark.skipif(not _library._cuda_objects(), reason="the CUDA kernels were not built: there was no nvcc")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="a stand-in for torch's CUDA part needs g++")
 def test_the_cuda_kernels_load_and_register_every_operator(tmp_path: Path) -> None:
