@@ -18,6 +18,7 @@
 #include "conv_direct.h"
 #include "conv_winograd.h"
 #include "shapes.h"
+#include "tasks.h"
 
 namespace maskcore {
 
@@ -208,6 +209,9 @@ struct SumRows {
   }
 };
 
+// Rows whose sums have a place of their own, so that their order does not depend on the threads.
+inline constexpr int64_t kSlotRows = 16;
+
 /// The sum of slots of `width` numbers each, in their order.
 inline std::vector<double> sum_slots(const std::vector<double>& slots, int64_t width) {
   std::vector<double> total(static_cast<size_t>(width));
@@ -218,13 +222,14 @@ inline std::vector<double> sum_slots(const std::vector<double>& slots, int64_t w
 /// total [2][K]: the sums over all rows, of P rows of Q pixels of N images.
 inline std::vector<double> gradient_sums(const float* dy, const float* z, const Affine& affine,
                                          const float* mean, int64_t rows, int64_t Q, int64_t K) {
-  constexpr int64_t kGroup = 16;  // rows whose sum has a place of its own, so that the order is fixed
-  const int64_t groups = ceil_div(rows, kGroup), width = 2 * K;
+  const int64_t groups = ceil_div(rows, kSlotRows), width = 2 * K;
   std::vector<double> sums(static_cast<size_t>(groups * width));
-  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin * kGroup; row < std::min(rows, end * kGroup); ++row) {
-      double* sum = sums.data() + row / kGroup * width;
-      add_gradient_sums(dy + row * Q * K, z + row * Q * K, affine, mean, Q, K, sum, sum + K);
+  share(groups, [&](const auto& take) {
+    for (int64_t group = take(); group < groups; group = take()) {
+      double* sum = sums.data() + group * width;
+      for (int64_t row = group * kSlotRows; row < std::min(rows, (group + 1) * kSlotRows); ++row) {
+        add_gradient_sums(dy + row * Q * K, z + row * Q * K, affine, mean, Q, K, sum, sum + K);
+      }
     }
   });
   return sum_slots(sums, width);

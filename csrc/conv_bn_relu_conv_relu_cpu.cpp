@@ -15,6 +15,7 @@
 #include "conv_patches.h"
 #include "conv_relu.h"
 #include "shapes.h"
+#include "tasks.h"
 
 namespace maskcore {
 namespace {
@@ -79,8 +80,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_conv_rel
     }
   };
   if (shape.recomputed()) {
-    const PatchMoments moments(s1, patch_shift(x_data, s1), gram.mutable_data_ptr<double>());
-    moments.measure(s1, x_data);
+    const float shift = patch_shift(x_data, s1);
+    measure_gram(s1, x_data, shift, gram.mutable_data_ptr<double>());
+    const PatchMoments moments(s1, shift, gram.const_data_ptr<double>());
     moments.statistics(weight1_data, bias1_data, s1.K, mean_data, var_data);
     convolve_second(RecomputedActivation(s1, x_data, weight1_data, bias1_data, affine(), mean_data));
   } else {
@@ -113,17 +115,19 @@ void backward_second(const HeadShape& shape, Precision precision, const Tensor& 
 std::vector<double> patch_products(const RecomputedActivation& activation, int64_t N, const float* d,
                                    float shift) {
   const int64_t row_floats = activation.W * activation.C, rows = N * activation.H;
-  const int64_t size = (kTaps * activation.shape().C + 1) * activation.C, groups = ceil_div(rows, kPatchRows);
+  const int64_t size = (kTaps * activation.shape().C + 1) * activation.C, groups = ceil_div(rows, kSlotRows);
   std::vector<double> sums(static_cast<size_t>(groups * size));
   const PatchRows sink{.products = sums.data(), .shift = shift};
-  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+  share(groups, [&](const auto& take) {
     RecomputedActivation held = activation;
     float* scratch = workspace(Purpose::kGradientRows, row_floats + kTileColumns);
-    for (int64_t row = begin * kPatchRows; row < std::min(rows, end * kPatchRows); ++row) {
-      const int64_t n = row / activation.H, h = row % activation.H;
-      held.hold(n, h, h + 1);
-      std::copy_n(d + row * row_floats, row_floats, scratch);
-      sink.take(held, row / kPatchRows, n, h, scratch);
+    for (int64_t group = take(); group < groups; group = take()) {
+      for (int64_t row = group * kSlotRows; row < std::min(rows, (group + 1) * kSlotRows); ++row) {
+        const int64_t n = row / activation.H, h = row % activation.H;
+        held.hold(n, h, h + 1);
+        std::copy_n(d + row * row_floats, row_floats, scratch);
+        sink.take(held, group, n, h, scratch);
+      }
     }
   });
   return sum_slots(sums, size);
@@ -207,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_conv_rel
                     StoreRows::of(d->mutable_data_ptr<float>(), s2), dweight2_data, dbias2_data);
     products = patch_products(input, s1.N, d->const_data_ptr<float>(), shift);
   }
-  const PatchMoments moments(s1, shift, const_cast<double*>(gram.const_data_ptr<double>()));
+  const PatchMoments moments(s1, shift, gram.const_data_ptr<double>());
   const BatchNormGradient bn(moments.gradient_sums(products, weight1_data, s1.K), pixels, var_data, eps,
                              dgamma_data, dbeta_data);
   moments.filter_gradient(products, weight1_data, s1.K, affine.scale.data(), bn.slope.data(), dweight1_data);

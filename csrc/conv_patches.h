@@ -20,6 +20,7 @@
 #include "conv_direct.h"
 #include "shapes.h"
 #include "sources.h"
+#include "tasks.h"
 #include "workspace.h"
 
 namespace maskcore {
@@ -28,8 +29,6 @@ inline constexpr int64_t kMostPatchChannels = 3;  // 9 * 3 + 1 = 28 <= kPatch; o
 inline constexpr int64_t kPatch = 32;
 // Pixels of a product: their rows of P and of g, 2 * 128 * 32 * 4 = 32 KB, lie in L1 or just behind it.
 inline constexpr int64_t kPatchPixels = 128;
-// Rows of an image whose sums have a place of their own, so that their order does not depend on the threads.
-inline constexpr int64_t kPatchRows = 16;
 
 /// P of the outputs [q, q + pixels) of a row. x: the three padded input rows, pitch floats apart.
 inline void load_patches(const float* x, int64_t pitch, int64_t C, int64_t q, int64_t pixels, float shift,
@@ -81,37 +80,39 @@ inline float patch_shift(const float* x, const ConvShape& s) {
   return std::isfinite(mean) ? mean : 0.0f;
 }
 
-/// P^T P, [9 C + 1][9 C + 1] double, and what follows from it.
-class PatchMoments {
- public:
-  PatchMoments(const ConvShape& s, float shift, double* gram)
-      : taps_(kTaps * s.C), shift_(shift), gram_(gram) {}
-
-  /// Computes gram.
-  void measure(const ConvShape& s, const float* x) const {
-    const int64_t size = taps_ + 1, rows = s.N * s.P, groups = ceil_div(rows, kPatchRows);
-    const int64_t pitch = (s.W + 2 * s.padding) * s.C;
-    const Activation input{x, s.H, s.W, s.C};
-    std::vector<double> sums(static_cast<size_t>(groups * size * kPatch));
-    torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      PhaseClock clock;
-      float* scratch = workspace(Purpose::kHeldInput, 3 * pitch);
-      float* patches = workspace(Purpose::kPatches, kPatchPixels * kPatch);
-      for (int64_t row = begin * kPatchRows; row < std::min(rows, end * kPatchRows); ++row) {
+/// gram [9 C + 1][9 C + 1] double: P^T P of all outputs.
+inline void measure_gram(const ConvShape& s, const float* x, float shift, double* gram) {
+  const int64_t size = kTaps * s.C + 1, rows = s.N * s.P, groups = ceil_div(rows, kSlotRows);
+  const int64_t pitch = (s.W + 2 * s.padding) * s.C;
+  const Activation input{x, s.H, s.W, s.C};
+  std::vector<double> sums(static_cast<size_t>(groups * size * kPatch));
+  share(groups, [&](const auto& take) {
+    PhaseClock clock;
+    float* scratch = workspace(Purpose::kHeldInput, 3 * pitch);
+    float* patches = workspace(Purpose::kPatches, kPatchPixels * kPatch);
+    for (int64_t group = take(); group < groups; group = take()) {
+      double* sum = sums.data() + group * size * kPatch;
+      for (int64_t row = group * kSlotRows; row < std::min(rows, (group + 1) * kSlotRows); ++row) {
         const int64_t p = row % s.P;
         const float* taps = padded_rows(input, s.padding, row / s.P, p, p + 3, scratch);
         for (int64_t q = 0; q < s.Q; q += kPatchPixels) {
           const int64_t pixels = std::min(kPatchPixels, s.Q - q);
-          load_patches(taps, pitch, s.C, q, pixels, shift_, patches);
-          add_patch_products(patches, size, patches, kPatch, kPatch, pixels,
-                             sums.data() + row / kPatchRows * size * kPatch);
+          load_patches(taps, pitch, s.C, q, pixels, shift, patches);
+          add_patch_products(patches, size, patches, kPatch, kPatch, pixels, sum);
         }
       }
-      clock.end(Phase::kDirect);
-    });
-    const std::vector<double> total = sum_slots(sums, size * kPatch);
-    for (int64_t i = 0; i < size; ++i) std::copy_n(total.data() + i * kPatch, size, gram_ + i * size);
-  }
+    }
+    clock.end(Phase::kDirect);
+  });
+  const std::vector<double> total = sum_slots(sums, size * kPatch);
+  for (int64_t i = 0; i < size; ++i) std::copy_n(total.data() + i * kPatch, size, gram + i * size);
+}
+
+/// What follows from P^T P.
+class PatchMoments {
+ public:
+  PatchMoments(const ConvShape& s, float shift, const double* gram)
+      : taps_(kTaps * s.C), shift_(shift), gram_(gram) {}
 
   double pixels() const { return gram_[taps_ * (taps_ + 1) + taps_]; }
   double mean(int64_t i) const { return gram_[taps_ * (taps_ + 1) + i] / pixels(); }
@@ -187,7 +188,7 @@ class PatchMoments {
 
   int64_t taps_;  // 9 C
   float shift_;
-  double* gram_;
+  const double* gram_;
 };
 
 /// A source (sources.h): relu(bn(conv(x))), computed when its rows are read.

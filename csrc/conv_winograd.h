@@ -33,6 +33,7 @@
 #include "register_tile.h"
 #include "shapes.h"
 #include "sources.h"
+#include "tasks.h"
 #include "vector.h"
 #include "workspace.h"
 
@@ -463,17 +464,18 @@ void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& s
   const int64_t blocks = block_count(grid, s.C, s.K), block_tiles = ceil_div(grid.tiles, blocks);
   const FilterShape f = FilterShape::forward(s.K, s.C);
   const int64_t pass_panels = std::min<int64_t>(f.panels, kOutputChannels / kTileColumns);
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t first_block, int64_t last_block) {
+  share(blocks, [&](const auto& take) {
     const TilePanels v(Purpose::kInputPanel, s.C, block_tiles);
     const TilePanels m(Purpose::kConvolved, pass_panels * kTileColumns, block_tiles);
     Source held = source;
     ReadAhead ahead;
     PhaseClock clock;
-    for (int64_t block = first_block; block < last_block; ++block) {
-      const int64_t begin = block * grid.tiles / blocks, end = (block + 1) * grid.tiles / blocks;
-      const int64_t next_end = block + 1 < last_block ? (block + 2) * grid.tiles / blocks : end;
+    const auto first_tile = [&](int64_t block) { return std::min(block, blocks) * grid.tiles / blocks; };
+    for (int64_t block = take(), next; block < blocks; block = next) {
+      next = take();
+      const int64_t begin = first_tile(block), end = first_tile(block + 1);
       ahead.clear();
-      add_reads(source, grid, end, next_end, kIn, s.padding, ahead);
+      add_reads(source, grid, first_tile(next), first_tile(next + 1), kIn, s.padding, ahead);
       ahead.spread(chunk_calls(f, end - begin));
       for_each_grid_tile(grid, begin, end, [&](const Tile& tile, int64_t i) {
         const int64_t h = tile.p - s.padding, w = tile.q - s.padding;
@@ -606,62 +608,40 @@ void save_gradient_tile(const TilePanels& v, int64_t at, int64_t begin, int64_t 
   });
 }
 
-/// Adds up dX [N,H,W,C] from tiles that come in their order, image by image, row by row.
-struct InputGradient {
-  float* dx;
-  int64_t H, W, C, padding;
-
-  /// The channels [begin, end) of a tile whose dV is tile `at` of v. Where an earlier tile has written, it
-  /// adds.
-  void save_tile(const TilePanels& v, int64_t at, const Tile& tile, int64_t begin, int64_t end) const {
-    const int64_t h = tile.p - padding, w = tile.q - padding;
-    const bool inside = h >= 0 && w >= 0 && h + kIn <= H && w + kIn <= W;
-    float* out = dx + ((tile.n * H + h) * W + w) * C;
-    if (inside && tile.p > 0 && tile.q > 0) {
-      save_gradient_tile(v, at, begin, end, [&](int i, int j, Vec d, int64_t c, auto lanes) {
-        float* to = out + (i * W + j) * C + c;
-        if (j >= kIn - kOut) __builtin_prefetch(to + kOut * C, /*rw=*/1);  // what the tile to the right adds
-        store(to, i < kIn - kOut || j < kIn - kOut ? load(to, lanes) + d : d, lanes);
-      });
-    } else {
-      save_gradient_tile(v, at, begin, end, [&](int i, int j, Vec d, int64_t c, auto lanes) {
-        if (h + i < 0 || h + i >= H || w + j < 0 || w + j >= W) return;
-        const bool overlaps = (i < kIn - kOut && tile.p > 0) || (j < kIn - kOut && tile.q > 0);
-        float* to = out + (i * W + j) * C + c;
-        store(to, overlaps ? load(to, lanes) + d : d, lanes);
-      });
-    }
+/// Adds dX of a tile, whose dV is tile `at` of v, to what the tiles above it (if `above`) and to the left
+/// have added; where it is the first it writes. For the channels [begin, end) of rows [W][C].
+///   row(h)  row h of dX, called for rows that exist
+///   kFar    the rows lie in memory: what the tile to the right will add to is fetched
+template <bool kFar, class Row>
+void add_gradient_tile(const TilePanels& v, int64_t at, const Tile& tile, const ConvShape& s, bool above,
+                       int64_t begin, int64_t end, const Row& row) {
+  constexpr int kShared = kIn - kOut;  // rows and columns that neighbours share
+  const int64_t h = tile.p - s.padding, w = tile.q - s.padding;
+  float* out[kIn];
+  for (int64_t i = 0; i < kIn; ++i) out[i] = h + i >= 0 && h + i < s.H ? row(h + i) : nullptr;
+  if (h >= 0 && w >= 0 && h + kIn <= s.H && w + kIn <= s.W && above && tile.q > 0) {
+    save_gradient_tile(v, at, begin, end, [&](int i, int j, Vec d, int64_t c, auto lanes) {
+      float* to = out[i] + (w + j) * s.C + c;
+      if (kFar && j >= kShared) __builtin_prefetch(to + kOut * s.C, /*rw=*/1);
+      store(to, i < kShared || j < kShared ? load(to, lanes) + d : d, lanes);
+    });
+  } else {
+    save_gradient_tile(v, at, begin, end, [&](int i, int j, Vec d, int64_t c, auto lanes) {
+      if (out[i] == nullptr || w + j < 0 || w + j >= s.W) return;
+      float* to = out[i] + (w + j) * s.C + c;
+      const bool overlaps = (i < kShared && above) || (j < kShared && tile.q > 0);
+      store(to, overlaps ? load(to, lanes) + d : d, lanes);
+    });
   }
-};
+}
 
 /// The rows of dX that the current row of tiles reaches, in L2: [kRows][W][C], row h in slot h % kRows.
 struct GradientRows {
   static constexpr int64_t kRows = 8;  // 6 are reached; a power of two
   float* rows;
-  int64_t H, W, C, padding;
+  int64_t floats;  // of a row
 
-  float* row(int64_t h) const { return rows + (h & (kRows - 1)) * W * C; }
-
-  /// A tile whose dV is tile `at` of v; `above` if the row of tiles above has been added up here.
-  void save_tile(const TilePanels& v, int64_t at, const Tile& tile, bool above) const {
-    const int64_t h = tile.p - padding, w = tile.q - padding;
-    const bool inside = h >= 0 && w >= 0 && h + kIn <= H && w + kIn <= W;
-    float* out[kIn];
-    for (int i = 0; i < kIn; ++i) out[i] = row(h + i) + w * C;
-    if (inside && above && tile.q > 0) {
-      save_gradient_tile(v, at, 0, C, [&](int i, int j, Vec d, int64_t c, auto lanes) {
-        float* to = out[i] + j * C + c;
-        store(to, i < kIn - kOut || j < kIn - kOut ? load(to, lanes) + d : d, lanes);
-      });
-    } else {
-      save_gradient_tile(v, at, 0, C, [&](int i, int j, Vec d, int64_t c, auto lanes) {
-        if (h + i < 0 || h + i >= H || w + j < 0 || w + j >= W) return;
-        const bool overlaps = (i < kIn - kOut && above) || (j < kIn - kOut && tile.q > 0);
-        float* to = out[i] + j * C + c;
-        store(to, overlaps ? load(to, lanes) + d : d, lanes);
-      });
-    }
-  }
+  float* row(int64_t h) const { return rows + (h & (kRows - 1)) * floats; }
 };
 
 /// What becomes of a finished row of dX: it is written. A sink's take(input, slot, n, h, row) is called once
@@ -803,18 +783,14 @@ class WinogradBackward {
     const int64_t row_floats = s_.W * s_.C, shared_floats = (kIn - kOut) * row_floats;
     float* shared =
         workspace(Purpose::kRows, filter_ == nullptr ? 0 : 2 * pieces * shared_floats + kTileColumns);
-    torch::stable::parallel_for(0, pieces, 1, [&](int64_t first_piece, int64_t last_piece) {
+    share(pieces, [&](const auto& take) {
       const TilePanels v(Purpose::kInputPanel, s_.C, block), m(Purpose::kGradientPanel, s_.K, block);
       const int64_t ring_floats = filter_ == nullptr ? 0 : GradientRows::kRows * row_floats + kTileColumns;
-      const GradientRows rows{.rows = workspace(Purpose::kGradientRows, ring_floats),
-                              .H = s_.H,
-                              .W = s_.W,
-                              .C = s_.C,
-                              .padding = s_.padding};
+      const GradientRows rows{.rows = workspace(Purpose::kGradientRows, ring_floats), .floats = row_floats};
       Input input = input_;
       ReadAhead ahead;
       PhaseClock clock;
-      for (int64_t piece = first_piece; piece < last_piece; ++piece) {
+      for (int64_t piece = take(); piece < pieces; piece = take()) {
         const int64_t begin = first_row(piece), end = first_row(piece + 1);
         float* top = shared + 2 * piece * shared_floats;
         for (int64_t row = begin; row < end; row += block_rows) {
@@ -837,7 +813,8 @@ class WinogradBackward {
             if (filter_ == nullptr) continue;
             for_each_grid_tile(grid_, first, last, [&](const Tile& tile, int64_t i) {
               const int64_t tile_row = (first + i) / columns;
-              rows.save_tile(v, i, tile, tile.p > 0 && tile_row > begin);
+              add_gradient_tile</*kFar=*/false>(v, i, tile, s_, tile.p > 0 && tile_row > begin, 0, s_.C,
+                                                [&](int64_t h) { return rows.row(h); });
               if (tile.q + kOut < grid_.Q) return;
               finish_rows(input, rows, piece, tile, tile_row == begin, tile_row + 1 == end, top);
             });
@@ -901,24 +878,25 @@ class WinogradBackward {
         multiply(component, v, m, last - first, first > 0, du_, nothing);
       });
       if (filter_ == nullptr) continue;
-      const InputGradient dx{.dx = sink_.dx, .H = s_.H, .W = s_.W, .C = s_.C, .padding = s_.padding};
       const int64_t first_image = first / image_tiles, images = ceil_div(last, image_tiles) - first_image;
       in_parallel(images * v.panels, Phase::kOutputTransform, [&](int64_t task) {
         const int64_t image = first_image + task / v.panels, c = task % v.panels * kTileColumns;
         const int64_t begin = std::max(first, image * image_tiles),
                       end = std::min(last, (image + 1) * image_tiles);
         for_each_grid_tile(grid_, begin, end, [&](const Tile& tile, int64_t i) {
-          dx.save_tile(v, begin - first + i, tile, c, std::min(s_.C, c + kTileColumns));
+          add_gradient_tile</*kFar=*/true>(
+              v, begin - first + i, tile, s_, tile.p > 0, c, std::min(s_.C, c + kTileColumns),
+              [&](int64_t h) { return sink_.dx + (tile.n * s_.H + h) * s_.W * s_.C; });
         });
       });
     }
   }
 
   template <class F>
-  static void in_parallel(int64_t tasks, Phase phase, const F& f) {
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+  static void in_parallel(int64_t count, Phase phase, const F& f) {
+    share(count, [&](const auto& take) {
       PhaseClock clock;
-      for (int64_t task = begin; task < end; ++task) f(task);
+      for (int64_t task = take(); task < count; task = take()) f(task);
       clock.end(phase);
     });
   }
