@@ -166,8 +166,9 @@ inline MASKCORE_INLINE void transform_square(void (&transform)(const Vec (&)[Fro
 // ---- filters ---------------------------------------------------------------------------------
 
 /// The filters G g G^T as the products read them: [36][panel of columns][row / D][kTileColumns][D] with the D
-/// = kDepth of the operands, zero-padded in the columns and in the last D rows. Forward the rows are input
-/// channels and the columns output channels; backward they are exchanged.
+/// = kDepth of the operands, zero-padded in the columns and in the last D rows. A component begins off the
+/// cache sets of the one before: all 36 of a filter are written at once. Forward the rows are input channels
+/// and the columns output channels; backward they are exchanged.
 struct FilterShape {
   int64_t rows, columns;
   int64_t row_stride, column_stride;  // in the weight, floats
@@ -178,9 +179,14 @@ struct FilterShape {
   int64_t panel_size() const {
     return ceil_div(rows, Operands::kDepth) * kTileColumns * Operands::kDepth;
   }
-  /// Floats that the panels of any instruction set (vector.h) and precision fit in: the widest has 32
+  /// Elements from a component to the next.
+  template <class Operands>
+  int64_t component_size() const {
+    return panels * panel_size<Operands>() + kTileColumns * Operands::kDepth;
+  }
+  /// Floats that the components of any instruction set (vector.h) and precision fit in: the widest has 32
   /// columns.
-  int64_t widest_floats() const { return kComponents * rows * ceil_div(columns, 32) * 32; }
+  int64_t widest_floats() const { return kComponents * (rows * ceil_div(columns, 32) + 1) * 32; }
 
   static FilterShape forward(int64_t K, int64_t C) {
     return {.rows = C, .columns = K, .row_stride = kTaps, .column_stride = C * kTaps};
@@ -193,7 +199,7 @@ struct FilterShape {
 template <class Operands>
 void transform_filters(const float* weight, const FilterShape& f, typename Operands::Element* out) {
   constexpr int64_t kDepth = Operands::kDepth;
-  const int64_t groups = ceil_div(f.rows, kDepth), component = f.panels * f.panel_size<Operands>();
+  const int64_t groups = ceil_div(f.rows, kDepth), component = f.component_size<Operands>();
   torch::stable::parallel_for(0, f.panels * groups, 16 / kDepth, [=](int64_t begin, int64_t end) {
     PhaseClock clock;
     for (int64_t i = begin; i < end; ++i) {
@@ -440,7 +446,7 @@ void multiply_component(int64_t component, const TilePanels& v, const FilterShap
                         const TilePanels& m, ReadAhead& ahead) {
   constexpr int64_t kElements = sizeof(float) / sizeof(typename Operands::Element);  // in a float's place
   for (int64_t panel = first; panel < last; ++panel) {
-    const auto* u = filter + (component * f.panels + panel) * f.panel_size<Operands>();
+    const auto* u = filter + component * f.component_size<Operands>() + panel * f.panel_size<Operands>();
     for_each_tile(tiles, [&]<int M>(int64_t i) {
       multiply_tile<Operands, M>(v.operands<Operands>(component, 0, i), v.panel_floats * kElements, u,
                                  v.channels, m.at(component, panel - first, i), ahead);

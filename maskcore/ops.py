@@ -73,7 +73,7 @@ def transform_filter(weight: Tensor, precision: Precision = "ieee") -> Tensor:
 @_fake("maskcore::transform_filter")
 def _(weight: Tensor, precision: str = "ieee") -> Tensor:
     K, C = weight.shape[:2]
-    return weight.new_empty(36 * C * ((K + 31) // 32 * 32))
+    return weight.new_empty(36 * 32 * (C * ((K + 31) // 32) + 1))
 
 
 def conv_relu(
