@@ -107,12 +107,11 @@ def bench_inference(
     beside the modes that others have for it."""
     network, twin = _pair(image_size)
     fast = models.for_inference(network, precision)
-    twin.eval()
+    network.eval(), twin.eval()
     x, _ = _pictures(batch or batch_size, image_size)
     threads, pictures = torch.get_num_threads(), x.contiguous()
     builders = engines.installed() | engines.installed_bfloat16()
-    calls = {name: build(twin, pictures, tmp_path, threads) for name, build in builders.items()}
-    twin.to(memory_format=torch.channels_last)
+    calls = {name: build(network, pictures, tmp_path, threads) for name, build in builders.items()}
 
     def autocast() -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

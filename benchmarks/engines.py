@@ -1,8 +1,8 @@
 """Other inference engines with the same network in them: what the benchmarks compare with, where installed.
 
-Each builder takes a network of torch.nn layers in evaluation mode and the number of pictures in a batch, and returns a
-call: pictures ``[N, 3, S, S]`` float32, contiguous -> logits ``[N, classes]`` as numpy, all on the CPU; in float32, or
-in what an engine makes of bfloat16.
+Each builder takes maskcore's network in evaluation mode and a batch of the size to come, and returns a call: pictures
+``[N, 3, S, S]`` float32, contiguous -> logits ``[N, classes]`` as numpy, all on the CPU; in float32, or in what an
+engine makes of bfloat16.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskcore import models
 from maskcore.ops import fold_batch_norm
 
 Call = Callable[[Tensor], Any]
-#: network of torch.nn layers, pictures, scratch folder, threads
-Builder = Callable[[Any, Tensor, Path, int], Call]
+#: network, pictures, scratch folder, threads
+Builder = Callable[[models.Network, Tensor, Path, int], Call]
 
 
-def _onnx(twin: Any, x: Tensor, folder: Path) -> Path:
+def _onnx(network: models.Network, x: Tensor, folder: Path) -> Path:
     path = folder / f"network-{len(x)}.onnx"
     if not path.exists():
         torch.onnx.export(
-            twin.to(memory_format=torch.contiguous_format),
+            models.torch_twin(network),
             (x,),
             path,
             input_names=["pictures"],
@@ -42,62 +43,62 @@ def _onnx(twin: Any, x: Tensor, folder: Path) -> Path:
     return path
 
 
-def onnx_runtime(twin: Any, x: Tensor, folder: Path, threads: int) -> Call:
+def onnx_runtime(network: models.Network, x: Tensor, folder: Path, threads: int) -> Call:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    path = _onnx(twin, x, folder)
+    path = _onnx(network, x, folder)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda pictures: session.run(None, {"pictures": pictures.numpy()})[0]
 
 
-def openvino(twin: Any, x: Tensor, folder: Path, threads: int, precision: str = "f32") -> Call:
+def openvino(network: models.Network, x: Tensor, folder: Path, threads: int, precision: str = "f32") -> Call:
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
-    compiled = openvino.Core().compile_model(str(_onnx(twin, x, folder)), "CPU", settings)
+    compiled = openvino.Core().compile_model(str(_onnx(network, x, folder)), "CPU", settings)
     request = compiled.create_infer_request()
     return lambda pictures: request.infer({0: pictures.numpy()})[0]
 
 
-def mnn(twin: Any, x: Tensor, folder: Path, threads: int, precision: str = "high") -> Call:
+def mnn(network: models.Network, x: Tensor, folder: Path, threads: int, precision: str = "high") -> Call:
     import MNN
 
     path = folder / f"network-{len(x)}.mnn"
     convert = [sys.executable, "-m", "MNN.tools.mnnconvert", "-f", "ONNX", "--bizCode", "maskcore"]
-    model = ["--modelFile", str(_onnx(twin, x, folder)), "--MNNModel", str(path)]
+    model = ["--modelFile", str(_onnx(network, x, folder)), "--MNNModel", str(path)]
     subprocess.run([*convert, *model], check=True, capture_output=True)
     settings = ({"backend": "CPU", "numThread": threads, "precision": precision},)
     manager = MNN.nn.create_runtime_manager(settings)
-    network = MNN.nn.load_module_from_file(str(path), ["pictures"], ["logits"], runtime_manager=manager)
+    module = MNN.nn.load_module_from_file(str(path), ["pictures"], ["logits"], runtime_manager=manager)
     expr = MNN.expr
 
     def call(pictures: Tensor) -> Any:
         placed = expr.placeholder(list(pictures.shape), expr.NCHW)
         placed.write(pictures.numpy())
-        return network.forward([placed])[0].read()
+        return module.forward([placed])[0].read()
 
     return call
 
 
-def ncnn(twin: Any, x: Tensor, folder: Path, threads: int, bfloat16: bool = False) -> Call:
+def ncnn(network: models.Network, x: Tensor, folder: Path, threads: int, bfloat16: bool = False) -> Call:
     """ncnn has no batches: pictures go one by one."""
     import ncnn
 
     param, weights = folder / "network.param", folder / "network.bin"
-    _write_ncnn(twin, param, weights)
-    network = ncnn.Net()
-    network.opt.num_threads = threads
-    network.opt.use_fp16_storage = network.opt.use_fp16_arithmetic = False
-    network.opt.use_bf16_storage = bfloat16
-    network.load_param(str(param))
-    network.load_model(str(weights))
+    _write_ncnn(models.torch_twin(network), param, weights)
+    net = ncnn.Net()
+    net.opt.num_threads = threads
+    net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+    net.opt.use_bf16_storage = bfloat16
+    net.load_param(str(param))
+    net.load_model(str(weights))
 
     def call(pictures: Tensor) -> Any:
         logits = []
         for picture in pictures.numpy():
-            extractor = network.create_extractor()
+            extractor = net.create_extractor()
             extractor.input("0", ncnn.Mat(picture))
             logits.append(np.array(extractor.extract(str(last))[1]))
         return np.stack(logits)
