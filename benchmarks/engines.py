@@ -66,7 +66,10 @@ def mnn(network: models.Network, x: Tensor, folder: Path, threads: int, precisio
     import MNN
 
     path = folder / f"network-{len(x)}.mnn"
-    convert = [sys.executable, "-m", "MNN.tools.mnnconvert", "-f", "ONNX", "--bizCode", "maskcore"]
+    # What MNN.tools.mnnconvert calls, without its import: that installs a logging service's client by pip, and with it
+    # a protobuf too old for onnx and TensorFlow.
+    convert = [sys.executable, "-c", "import sys, _tools; _tools.mnnconvert(sys.argv)"]
+    convert += ["-f", "ONNX", "--bizCode", "maskcore"]
     model = ["--modelFile", str(_onnx(network, x, folder)), "--MNNModel", str(path)]
     subprocess.run([*convert, *model], check=True, capture_output=True)
     settings = ({"backend": "CPU", "numThread": threads, "precision": precision},)
