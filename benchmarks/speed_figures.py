@@ -55,9 +55,9 @@ def inference_calls(n: int, size: int, threads: int, everybody: bool) -> dict[st
     calls: dict[str, Callable[[], Any]] = {}
     if everybody:
         folder = Path(tempfile.mkdtemp())
-        for name, build in engines.installed().items():
-            call = build(network, plain, folder, threads)
-            calls[name] = functools.partial(call, plain)
+        for given, builders in ((plain, engines.installed()), (x, engines.installed_channels_last())):
+            for name, build in builders.items():
+                calls[name] = functools.partial(build(network, given, folder, threads), given)
     return {"maskcore": lambda: fast(x), "PyTorch": lambda: twin(x), **calls}
 
 
