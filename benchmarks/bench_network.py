@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from maskcore import models, ops, optim
+from maskcore import models, nn, ops, optim
 
 Compare = Callable[..., None]
 Compiled = Callable[[Any], dict[str, Any]]
@@ -54,11 +55,29 @@ def _step(network: Any, optimizer: torch.optim.Optimizer, x: Tensor, target: Ten
     return loss
 
 
+def _first_losses(network: models.Network, twin: Any, x: Tensor, target: Tensor) -> list[float]:
+    """Of copies in float32 without dropout: the loss of PyTorch's first step, and of the network's second."""
+    network, twin = copy.deepcopy(network).train(), copy.deepcopy(twin).train()
+    for layer in (*network.modules(), *twin.modules()):
+        if isinstance(layer, torch.nn.Dropout):
+            layer.eval()
+        elif isinstance(layer, nn.ConvReLU | nn.ConvBNReLU):
+            layer.precision = "ieee"
+    optimizer = optim.Adam(network.parameter_groups(1e-4), lr=1e-4)
+    _step(network, optimizer, x, target, ops.softmax_cross_entropy)
+    with torch.no_grad():
+        return [F.cross_entropy(twin(x), target).item(), F.cross_entropy(network(x), target).item()]
+
+
 @pytest.mark.parametrize("precision", get_args(ops.Precision)[::2])
 def bench_training_step(
     compare: Compare, compiled: Compiled, batch_size: int, image_size: int, precision: ops.Precision
 ) -> None:
-    """Forward, loss, backward, Adam with L2; PyTorch's with its fused Adam, in float32 and under bfloat16 autocast."""
+    """Forward, loss, backward, Adam with L2; PyTorch's with its fused Adam, in float32 and under bfloat16 autocast.
+
+    Keras joins in float32 where it is installed: its first losses, without dropout, must be PyTorch's first and then
+    maskcore's, whose Adam has Keras' epsilon.
+    """
     network, twin = _pair(image_size, precision)
     x, target = _pictures(batch_size, image_size)
     ours = optim.Adam(network.parameter_groups(1e-4), lr=1e-4)
@@ -76,7 +95,7 @@ def bench_training_step(
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return _step(twin, theirs, x, target, F.cross_entropy)
 
-    peers: dict[str, Callable[[], Tensor]] = {
+    peers: dict[str, Callable[[], Any]] = {
         "PyTorch": lambda: _step(twin, theirs, x, target, F.cross_entropy),
         "PyTorch bf16": step_autocast,
     }
@@ -89,6 +108,12 @@ def bench_training_step(
     error = ((ours_now - theirs_now).norm() / theirs_now.norm()).item()
     limit = 1e-3 if precision == "ieee" else 0.1
     assert error <= limit, f"the networks disagree by {error:.1e}"
+    for name, build in engines.installed_steps().items():
+        settings = {"threads": torch.get_num_threads(), "l2": 1e-4, "lr": 1e-4}
+        check = build(network, x, target, dropout=False, **settings)
+        expected, found = _first_losses(network, twin, x, target), [check(), check()]
+        assert np.allclose(found, expected, rtol=1e-3), f"{name}'s losses are {found}, not {expected}"
+        peers[name] = build(network, x, target, **settings)
     compare(step_ours, peers, flops=3 * _flops(network, batch_size))
 
 
@@ -103,16 +128,20 @@ def bench_inference(
     image_size: int,
     tmp_path: Path,
 ) -> None:
-    """Beside PyTorch and every other engine that is installed (pip install ".[bench]"); with bfloat16 products also
-    beside the modes that others have for it."""
+    """Beside PyTorch and every other engine that is installed (pip install ".[bench,tensorflow]"); with bfloat16
+    products also beside the modes that others have for it."""
     network, twin = _pair(image_size)
     fast = models.for_inference(network, precision)
-    twin.eval()
+    network.eval(), twin.eval()
     x, _ = _pictures(batch or batch_size, image_size)
     threads, pictures = torch.get_num_threads(), x.contiguous()
-    builders = engines.installed() | engines.installed_bfloat16()
-    calls = {name: build(twin, pictures, tmp_path, threads) for name, build in builders.items()}
-    twin.to(memory_format=torch.channels_last)
+    calls: dict[str, Callable[[], Any]] = {}
+    for given, builders in (
+        (pictures, engines.installed() | engines.installed_bfloat16()),
+        (x, engines.installed_channels_last()),
+    ):
+        for name, build in builders.items():
+            calls[name] = functools.partial(build(network, given, tmp_path, threads), given)
 
     def autocast() -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -121,7 +150,7 @@ def bench_inference(
     with torch.inference_mode():
         peers: dict[str, Callable[[], Any]] = {"PyTorch": lambda: twin(x), "PyTorch bf16": autocast}
         peers |= {name: functools.partial(forward, x) for name, forward in compiled(twin).items()}
-        peers |= {name: functools.partial(call, pictures) for name, call in calls.items()}
+        peers |= calls
         expected = twin(x)
         for name, call in {f"maskcore {precision}": lambda: fast(x), **peers}.items():
             logits = torch.as_tensor(call()).float()

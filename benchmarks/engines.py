@@ -1,14 +1,15 @@
-"""Other inference engines with the same network in them: what the benchmarks compare with, where installed.
+"""Other engines with the same network in them: what the benchmarks compare with, where installed.
 
-Each builder takes a network of torch.nn layers in evaluation mode and the number of pictures in a batch, and returns a
-call: pictures ``[N, 3, S, S]`` float32, contiguous -> logits ``[N, classes]`` as numpy, all on the CPU; in float32, or
-in what an engine makes of bfloat16.
+Each builder takes maskcore's network in evaluation mode and a batch of the size to come, and returns a call: pictures
+``[N, 3, S, S]`` float32, contiguous (channels_last for :func:`installed_channels_last`) -> logits ``[N, classes]`` as
+numpy, all on the CPU; in float32, or in what an engine makes of bfloat16.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,18 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskcore import models
 from maskcore.ops import fold_batch_norm
 
 Call = Callable[[Tensor], Any]
-#: network of torch.nn layers, pictures, scratch folder, threads
-Builder = Callable[[Any, Tensor, Path, int], Call]
+#: network, pictures, scratch folder, threads
+Builder = Callable[[models.Network, Tensor, Path, int], Call]
+#: network, pictures, classes, threads; by name l2, lr, whether to drop out -> a step: it returns its cross-entropy
+StepBuilder = Callable[..., Callable[[], float]]
 
 
-def _onnx(twin: Any, x: Tensor, folder: Path) -> Path:
+def _onnx(network: models.Network, x: Tensor, folder: Path) -> Path:
     path = folder / f"network-{len(x)}.onnx"
     if not path.exists():
         torch.onnx.export(
-            twin.to(memory_format=torch.contiguous_format),
+            models.torch_twin(network),
             (x,),
             path,
             input_names=["pictures"],
@@ -42,62 +46,65 @@ def _onnx(twin: Any, x: Tensor, folder: Path) -> Path:
     return path
 
 
-def onnx_runtime(twin: Any, x: Tensor, folder: Path, threads: int) -> Call:
+def onnx_runtime(network: models.Network, x: Tensor, folder: Path, threads: int) -> Call:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    path = _onnx(twin, x, folder)
+    path = _onnx(network, x, folder)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda pictures: session.run(None, {"pictures": pictures.numpy()})[0]
 
 
-def openvino(twin: Any, x: Tensor, folder: Path, threads: int, precision: str = "f32") -> Call:
+def openvino(network: models.Network, x: Tensor, folder: Path, threads: int, precision: str = "f32") -> Call:
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
-    compiled = openvino.Core().compile_model(str(_onnx(twin, x, folder)), "CPU", settings)
+    compiled = openvino.Core().compile_model(str(_onnx(network, x, folder)), "CPU", settings)
     request = compiled.create_infer_request()
     return lambda pictures: request.infer({0: pictures.numpy()})[0]
 
 
-def mnn(twin: Any, x: Tensor, folder: Path, threads: int, precision: str = "high") -> Call:
+def mnn(network: models.Network, x: Tensor, folder: Path, threads: int, precision: str = "high") -> Call:
     import MNN
 
     path = folder / f"network-{len(x)}.mnn"
-    convert = [sys.executable, "-m", "MNN.tools.mnnconvert", "-f", "ONNX", "--bizCode", "maskcore"]
-    model = ["--modelFile", str(_onnx(twin, x, folder)), "--MNNModel", str(path)]
+    # What MNN.tools.mnnconvert calls, without its import: that installs a logging service's client by pip, and with it
+    # a protobuf too old for onnx and TensorFlow.
+    convert = [sys.executable, "-c", "import sys, _tools; _tools.mnnconvert(sys.argv)"]
+    convert += ["-f", "ONNX", "--bizCode", "maskcore"]
+    model = ["--modelFile", str(_onnx(network, x, folder)), "--MNNModel", str(path)]
     subprocess.run([*convert, *model], check=True, capture_output=True)
     settings = ({"backend": "CPU", "numThread": threads, "precision": precision},)
     manager = MNN.nn.create_runtime_manager(settings)
-    network = MNN.nn.load_module_from_file(str(path), ["pictures"], ["logits"], runtime_manager=manager)
+    module = MNN.nn.load_module_from_file(str(path), ["pictures"], ["logits"], runtime_manager=manager)
     expr = MNN.expr
 
     def call(pictures: Tensor) -> Any:
         placed = expr.placeholder(list(pictures.shape), expr.NCHW)
         placed.write(pictures.numpy())
-        return network.forward([placed])[0].read()
+        return module.forward([placed])[0].read()
 
     return call
 
 
-def ncnn(twin: Any, x: Tensor, folder: Path, threads: int, bfloat16: bool = False) -> Call:
+def ncnn(network: models.Network, x: Tensor, folder: Path, threads: int, bfloat16: bool = False) -> Call:
     """ncnn has no batches: pictures go one by one."""
     import ncnn
 
     param, weights = folder / "network.param", folder / "network.bin"
-    _write_ncnn(twin, param, weights)
-    network = ncnn.Net()
-    network.opt.num_threads = threads
-    network.opt.use_fp16_storage = network.opt.use_fp16_arithmetic = False
-    network.opt.use_bf16_storage = bfloat16
-    network.load_param(str(param))
-    network.load_model(str(weights))
+    _write_ncnn(models.torch_twin(network), param, weights)
+    net = ncnn.Net()
+    net.opt.num_threads = threads
+    net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+    net.opt.use_bf16_storage = bfloat16
+    net.load_param(str(param))
+    net.load_model(str(weights))
 
     def call(pictures: Tensor) -> Any:
         logits = []
         for picture in pictures.numpy():
-            extractor = network.create_extractor()
+            extractor = net.create_extractor()
             extractor.input("0", ncnn.Mat(picture))
             logits.append(np.array(extractor.extract(str(last))[1]))
         return np.stack(logits)
@@ -136,12 +143,98 @@ def _write_ncnn(twin: Any, param: Path, weights: Path) -> None:
     weights.write_bytes(b"".join(np.ascontiguousarray(blob, np.float32).tobytes() for blob in blobs))
 
 
+def _tensorflow(threads: int) -> Any:
+    """TensorFlow on the CPU, without its log. Its threads are set for good by the process' first operation."""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    import tensorflow
+
+    tensorflow.config.set_visible_devices([], "GPU")
+    tensorflow.config.threading.set_intra_op_parallelism_threads(threads)
+    tensorflow.config.threading.set_inter_op_parallelism_threads(threads)
+    return tensorflow
+
+
+def _keras_model(network: models.Network, l2: float = 0.0, dropout: bool = True) -> Any:
+    """The report's layers as Keras has them, with the network's weights."""
+    import keras
+
+    new = keras.layers
+    layers = [keras.Input((network.image_size, network.image_size, 3))]
+    for _, layer, _, _ in network.layers:
+        penalty = keras.regularizers.L2(l2) if l2 and getattr(layer, "l2", False) else None
+        match layer:
+            case models.Conv():
+                padding, activation = "same" if layer.padding else "valid", None if layer.bn else "relu"
+                conv = new.Conv2D(
+                    layer.channels, 3, padding=padding, activation=activation, kernel_regularizer=penalty
+                )
+                layers += [conv, new.BatchNormalization(), new.ReLU()] if layer.bn else [conv]
+                if layer.pool:
+                    layers.append(new.MaxPooling2D())
+            case models.Flatten():
+                layers.append(new.Flatten())
+            case models.Dropout():
+                layers.append(new.Dropout(layer.rate if dropout else 0.0))
+            case models.Dense():
+                activation = "relu" if layer.relu else None
+                layers.append(new.Dense(layer.units, activation=activation, kernel_regularizer=penalty))
+    model = keras.Sequential(layers)
+    model.set_weights(models.to_keras_arrays(network))
+    return model
+
+
+def keras_inference(network: models.Network, x: Tensor, folder: Path, threads: int) -> Call:
+    """Without XLA: with jit_compile=True a batch of 8 took 1.15 times as long, one picture 1.2 times."""
+    tensorflow = _tensorflow(threads)
+    model = _keras_model(network)
+    infer = tensorflow.function(functools.partial(model, training=False), jit_compile=False)
+
+    def call(pictures: Tensor) -> Any:
+        return infer(tensorflow.convert_to_tensor(pictures.permute(0, 2, 3, 1).numpy())).numpy()
+
+    return call
+
+
+def keras_step(
+    network: models.Network,
+    x: Tensor,
+    target: Tensor,
+    threads: int,
+    *,
+    l2: float,
+    lr: float,
+    dropout: bool = True,
+) -> Callable[[], float]:
+    """Keras' Adam, with the L2 penalty in the loss. Without XLA, with which a step took 1.4 times as long."""
+    tensorflow = _tensorflow(threads)
+    import keras
+
+    model = _keras_model(network, l2, dropout)
+    weights = model.trainable_variables
+    optimizer = keras.optimizers.Adam(lr)
+    optimizer.build(weights)
+    cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    pictures = tensorflow.convert_to_tensor(x.permute(0, 2, 3, 1).contiguous().numpy())
+    classes = tensorflow.convert_to_tensor(target.numpy())
+
+    def step(pictures: Any, classes: Any) -> Any:
+        with tensorflow.GradientTape() as tape:
+            loss = cross_entropy(classes, model(pictures, training=True))
+            total = tensorflow.add_n([loss, *model.losses])
+        optimizer.apply(tape.gradient(total, weights), weights)
+        return loss
+
+    compiled = tensorflow.function(step, jit_compile=False)
+    return lambda: float(compiled(pictures, classes))
+
+
 def _present(engines: dict[str, tuple[str, Builder]]) -> dict[str, Builder]:
     onnx = importlib.util.find_spec("onnxscript") is not None
     return {
         name: builder
         for name, (package, builder) in engines.items()
-        if importlib.util.find_spec(package) is not None and (onnx or package == "ncnn")
+        if importlib.util.find_spec(package) is not None and (onnx or package in ("ncnn", "tensorflow"))
     }
 
 
@@ -155,6 +248,16 @@ def installed() -> dict[str, Builder]:
             "ncnn": ("ncnn", ncnn),
         }
     )
+
+
+def installed_channels_last() -> dict[str, Builder]:
+    """As :func:`installed`: those whose calls take pictures in channels_last, as PyTorch's and maskcore's do."""
+    return _present({"Keras": ("tensorflow", keras_inference)})
+
+
+def installed_steps() -> dict[str, StepBuilder]:
+    """Those that train, in float32."""
+    return {"Keras": keras_step} if importlib.util.find_spec("tensorflow") is not None else {}
 
 
 def installed_bfloat16() -> dict[str, Builder]:

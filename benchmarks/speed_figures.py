@@ -49,16 +49,15 @@ def pictures(n: int, size: int) -> torch.Tensor:
 def inference_calls(n: int, size: int, threads: int, everybody: bool) -> dict[str, Callable[[], Any]]:
     network = models.create("final", image_size=size, seed=0).eval()
     twin: Any = models.torch_twin(network)
-    twin.eval()
+    twin.to(memory_format=torch.channels_last)
     fast, x = models.for_inference(network), pictures(n, size)
     plain = x.contiguous()
     calls: dict[str, Callable[[], Any]] = {}
     if everybody:
         folder = Path(tempfile.mkdtemp())
-        for name, build in engines.installed().items():
-            call = build(twin, plain, folder, threads)
-            calls[name] = functools.partial(call, plain)
-    twin.to(memory_format=torch.channels_last)
+        for given, builders in ((plain, engines.installed()), (x, engines.installed_channels_last())):
+            for name, build in builders.items():
+                calls[name] = functools.partial(build(network, given, folder, threads), given)
     return {"maskcore": lambda: fast(x), "PyTorch": lambda: twin(x), **calls}
 
 
