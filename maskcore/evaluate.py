@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from maskcore import commandline, data, figures, machine, models
 from maskcore.checkpoint import Meta, load_model, locate
@@ -103,6 +105,26 @@ def _evaluate(namespace: argparse.Namespace) -> int:
     device = machine.use_flags(namespace)
     path = locate(namespace.checkpoint)
     network, meta = load_model(path)
+    # Before the work, which a place that cannot be written to should not cost.
+    folder = _new_folder(namespace.out, namespace.checkpoint)
+    try:
+        _measure(namespace, device, path, network, meta, folder)
+    except BaseException:
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
+        raise
+    return 0
+
+
+def _measure(
+    namespace: argparse.Namespace,
+    device: torch.device,
+    path: Path,
+    network: models.Network,
+    meta: Meta,
+    folder: Path,
+) -> None:
+    """Classifies the pictures, prints the report and writes it into the folder."""
     split = namespace.split or ("val" if namespace.data is None else "all")
     found, pictures, drawn = _pictures(meta, namespace.data, split)
     labels = _labels(found, pictures, meta)
@@ -134,10 +156,8 @@ def _evaluate(namespace: argparse.Namespace) -> int:
         penalty=float(network.penalty(meta.config.get("l2", 0.0)).detach()),
     )
     report.tell()
-    folder = _new_folder(namespace.out, namespace.checkpoint)
     report.write(folder)
     print(f"\nwritten to {folder}")
-    return 0
 
 
 def _pictures(meta: Meta, folder: str | None, split: str) -> tuple[data.PictureSet, list[data.Picture], bool]:

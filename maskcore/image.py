@@ -140,21 +140,21 @@ class Preprocess:
 
     Args:
         size: Side of the result in pixels, 1 to 8192.
-        resize: "bilinear" stretches with Pillow's antialiased bilinear filter; "nearest" stretches to the
-            nearest pixel, as Keras' ``load_img`` did for the original work; "letterbox" keeps the
+        resize: "nearest" stretches to the nearest pixel, as Keras' ``load_img`` did for the original work;
+            "bilinear" stretches with Pillow's antialiased bilinear filter; "letterbox" keeps the
             proportions (bilinear) and centres the picture on black.
         exif: Turn pictures upright by their EXIF orientation. Keras did not.
     """
 
     size: int = 256
-    resize: Literal["bilinear", "nearest", "letterbox"] = "bilinear"
+    resize: Literal["nearest", "bilinear", "letterbox"] = "nearest"
     exif: bool = True
 
     def __post_init__(self) -> None:
         if type(self.size) is not int or not 1 <= self.size <= 8192:
             raise UserError(f"the picture size must be a whole number from 1 to 8192, not {self.size!r}")
-        if self.resize not in ("bilinear", "nearest", "letterbox"):
-            raise UserError(f"resize must be bilinear, nearest or letterbox, not {self.resize!r}")
+        if self.resize not in ("nearest", "bilinear", "letterbox"):
+            raise UserError(f"resize must be nearest, bilinear or letterbox, not {self.resize!r}")
         if type(self.exif) is not bool:
             raise UserError(f"exif must be true or false, not {self.exif!r}")
 

@@ -94,10 +94,10 @@ class Config:
         None, "validate on at most N pictures, evenly from the classes", "data", low=1, metavar="N"
     )
     image_size: int = _setting(256, "side of the network's square input, pixels", "data", low=16, high=4096)
-    resize: Literal["bilinear", "nearest", "letterbox"] = _setting(
-        "bilinear",
-        "how a picture becomes square: bilinear stretches with antialiasing, nearest stretches "
-        "as Keras' loader did, letterbox keeps the aspect and pads",
+    resize: Literal["nearest", "bilinear", "letterbox"] = _setting(
+        "nearest",
+        "how a picture becomes square: nearest stretches as Keras' loader did, bilinear stretches with "
+        "antialiasing, letterbox keeps the aspect and pads",
         "data",
     )
     workers: int | None = _setting(
