@@ -143,7 +143,8 @@ def cuda_jobs() -> int:
 def link_cuda(nvcc: Path, objects: list[str], library: Path) -> None:
     """The runtime is linked in; torch's CUDA symbols are found at load time, beside a torch that has them."""
     torch = torch_libraries()
-    folders = [f"-L{folder}" for folder in torch["library_dirs"]]
+    # The compiler of PyPI's nvidia-cuda-nvcc has its runtime in lib, where it does not look itself.
+    folders = [f"-L{folder}" for folder in (*torch["library_dirs"], nvcc.parents[1] / "lib")]
     names = [f"-l{name}" for name in torch["libraries"]]
     subprocess.run(
         [nvcc, "-shared", "-cudart", "static", *objects, *folders, *names, "-o", library], check=True

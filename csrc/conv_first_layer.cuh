@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     const bool more = tile + stride < tiling.tiles;
     PicturePatch<Tile, T> next;
     if (more) next.start(conv.x, tiling, Tiling::load(positions + (turn ^ 1)));
-    const float* const window =
-        patches + turn * Tile::kPatchFloats + tiling.window<Epilogue::kWindows>(at, thread) * Tile::kChannels;
+    const float* const window = patches + turn * Tile::kPatchFloats +
+                                tiling.window(at, tiling.place<Epilogue::kWindows>(thread)) * Tile::kChannels;
     gather_row<Tile, Tile::kSlabs * kRowChunks>(window, tiling.pitch, [&](int chunk, const uint4& packed) {
       *reinterpret_cast<uint4*>(rows + chunk / kRowChunks * 32 * kRowBytes +
                                 swizzled(lane, chunk % kRowChunks)) = packed;
@@ -338,9 +338,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     PicturePatch<Tile, T> next;
     const bool more = tile + 1 < end;
     if (more) next.start(conv.x, tiling, Tiling::load(positions + (turn ^ 1)));
-    const bool there = tiling.output<false>(at, thread).inside;
-    const float* const window =
-        patches + turn * Tile::kPatchFloats + tiling.window<false>(at, thread) * Tile::kChannels;
+    const bool there = tiling.output(at, tiling.place<false>(thread)).inside;
+    const float* const window = patches + turn * Tile::kPatchFloats +
+                                tiling.window(at, tiling.place<false>(thread)) * Tile::kChannels;
     gather_row<Tile, Tile::kChunks>(window, tiling.pitch, [&](int chunk, const uint4& packed) {
       *reinterpret_cast<uint4*>(col_rows + lane * Tile::kRow + chunk * 16) =
           there ? packed : make_uint4(0, 0, 0, 0);
@@ -354,8 +354,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       for (int i = 0; i < Tile::kItems; ++i) {
         const int pixel = lane / Tile::kChunks + i * (32 / Tile::kChunks);
         typename Gradient::template Fetched<kLanes> fetched;
-        conv.gradient.template fetch<kLanes>(tiling.output<false>(at, 32 * warp + half + pixel), channel,
-                                             fetched);
+        conv.gradient.template fetch<kLanes>(tiling.output(at, tiling.place<false>(32 * warp + half + pixel)),
+                                             channel, fetched);
         float v[kLanes];
         conv.gradient.template values<kLanes>(fetched, channel, v);
         *reinterpret_cast<uint4*>(g_rows + pixel * Tile::kRow + lane % Tile::kChunks * 16) = Math::pack(v);

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(256) pack_filter_kernel(const float* w, int ou
 
 template <class Source, class Epilogue>
 struct HaloConvolution {
-  Tiling tiling;
+  SpreadTiling tiling;
   Source source;
   Epilogue epilogue;
   const uint4* filter;  // packed
@@ -167,8 +167,8 @@ struct PatchLoader {
 /// One warp's sums, four channels a lane and 16 pixels a turn, through `stage` to the epilogue. With
 /// kStatistics, pivot and sums over the warp's pixels go to `record`, [3][kTileN] from the warp's first
 /// channel on, and the number of pixels to `count`.
-template <class Tile, class Epilogue>
-__device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT][4], const Tiling& tiling,
+template <class Tile, class AnyTiling, class Epilogue>
+__device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT][4], const AnyTiling& tiling,
                                            const Tiling::Position& at, const Epilogue& epilogue, int m0,
                                            int k0, float* stage, float* record, float* count) {
   const int lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
@@ -192,7 +192,7 @@ __device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT
     };
     if constexpr (Epilogue::kWindows) {
       const int row = lane >> 3 << 2;
-      const Pixel pixel = tiling.output<true>(at, m0 + 16 * mt + row);
+      const Pixel pixel = tiling.output(at, tiling.template place<true>(m0 + 16 * mt + row));
       float v[4][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) staged(row + i, v[i]);
@@ -207,7 +207,7 @@ __device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT
 #pragma unroll 1
       for (int i = 0; i < 4; ++i) {
         const int row = 4 * i + (lane >> 3);
-        const Pixel pixel = tiling.output<false>(at, m0 + 16 * mt + row);
+        const Pixel pixel = tiling.output(at, tiling.template place<false>(m0 + 16 * mt + row));
         float v[4];
         staged(row, v);
         const bool there = pixel.inside && k < epilogue.K;
@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       dynamic_shared<uint32_t>() + 8 + threadIdx.x / 32 / Tile::kWarpsN * Tile::kNamedRows;
   unsigned char* const shared = dynamic_shared<unsigned char>() + Tile::kHeadBytes;
   constexpr int kFilters = 2 * kPatchBytes;
-  const Tiling& tiling = conv.tiling;
+  const SpreadTiling& tiling = conv.tiling;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_m = warp / Tile::kWarpsN * 16 * Tile::MT, warp_n = warp % Tile::kWarpsN * 8 * Tile::NT;
   // Blocks that share a tile of pixels are neighbours, so that its input stays in L2.
@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       uint32_t named = 0;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const int window = tiling.window<Epilogue::kWindows>(at, warp_m + named_row<Math>(i, lane));
+        const int window = tiling.any_window(at, warp_m + named_row<Math>(i, lane));
         named |= static_cast<uint32_t>(window) << (8 * i);
       }
       if (Math::kFragments ? lane < 16 : lane % 4 == 0) windows[first_named_row<Math>(lane)] = named;
@@ -415,7 +415,7 @@ cudaError_t launch_halo_tile(const ConvCall& call, const ConvSize& s, const Sour
                              cudaStream_t stream) {
   using Math = typename Tile::Math;
   const HaloConvolution<Source, Epilogue> conv{
-      .tiling = Tiling::choose(s, Epilogue::kWindows, Tile::kTileM, kPatchPixels),
+      .tiling = SpreadTiling::choose(s, Epilogue::kWindows, Tile::kTileM, kPatchPixels),
       .source = source,
       .epilogue = epilogue,
       .filter = static_cast<const uint4*>(packed),

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 
 #include "conv_size.h"
 #include "launch.cuh"
@@ -91,31 +92,42 @@ struct Tiling {
     }
   }
 
-  /// Output pixel of the tile's m-th.
-  template <bool kWindows>
-  __device__ __forceinline__ Pixel output(const Position& at, int m) const {
-    const int2 place = this->place<kWindows>(m);
+  /// Output pixel at a place of the tile.
+  __device__ __forceinline__ Pixel output(const Position& at, const int2& place) const {
     const int image = quotient(at.p + place.x, inv_stack);
     const int p = at.p + place.x - image * stack, q = at.q + place.y;
     return {place.x < tile_rows && p < P && q < Q && at.n + image < N, at.n + image, p, q};
   }
 
-  /// Where in the patch the window of the tile's m-th output pixel begins. Of pixels that are not there, that
-  /// of the first one, so that whatever is multiplied has been written.
-  template <bool kWindows>
-  __device__ __forceinline__ int window(const Position& at, int m) const {
-    const int2 place = this->place<kWindows>(m);
+  /// Where in the patch the window of an output pixel begins. Of pixels that are not there, that of the first
+  /// one, so that whatever is multiplied has been written.
+  __device__ __forceinline__ int window(const Position& at, const int2& place) const {
     const int image = quotient(at.p + place.x, inv_stack);
-    const bool there = output<kWindows>(at, m).inside;
-    return there ? (place.x + 2 * image) * pitch + place.y : 0;
+    return output(at, place).inside ? (place.x + 2 * image) * pitch + place.y : 0;
+  }
+
+  /// How many of a tile's pixels, or 2x2 windows, have no place left in SpreadTiling's order where eight that
+  /// are read at once begin at different places modulo 8: those above an equal share.
+  static int crowded(int rows, int cols, int pitch, bool pooled, int max_pixels) {
+    const int step = pooled ? 2 : 1, groups = pooled ? 2 : 8;
+    int count[8] = {};
+    for (int row = 0; row < rows; row += step) {
+      for (int i = 0; i < cols / step % groups; ++i) ++count[(row * pitch / step + i) % groups];
+    }
+    int above = 0;
+    for (int group = 0; group < groups; ++group) {
+      const int pixels = count[group] + rows / step * (cols / step / groups);
+      above += std::max(0, pixels - max_pixels / 8);
+    }
+    return above;
   }
 
   /// The tiles of at most max_pixels pixels with patches of at most max_patch that cost least: a tile's time
-  /// is taken as that of max_pixels products and a quarter of it for each pixel loaded. Rows that are no
-  /// multiple of 8 pixels cost a tenth more: 8 rows of ldmatrix that reach over a row's end meet in a bank,
-  /// 1.7 times the wavefronts of 16 of the 24 of a warp's products, which then take 35 cycles where the
-  /// tensor cores of an sm_80 take 32. Without tiles if there are 2^31 rows, or nothing to compute.
-  static Tiling choose(const ConvSize& s, bool pooled, int max_pixels, int max_patch) {
+  /// is taken as that of max_pixels products and a quarter of it for each pixel loaded. Where they are to be
+  /// `spread`, a quarter more of the products' time if all eights meet in a bank (twice the wavefronts of 16
+  /// of the 24 of a warp's products: 40 cycles where the tensor cores of an sm_80 take 32). Without tiles if
+  /// there are 2^31 rows, or nothing to compute.
+  static Tiling choose(const ConvSize& s, bool pooled, int max_pixels, int max_patch, bool spread = false) {
     Tiling best{};
     if (s.N * (s.P + max_pixels) > std::numeric_limits<int>::max()) return best;
     best.N = static_cast<int>(s.N);
@@ -125,28 +137,40 @@ struct Tiling {
     best.Q = static_cast<int>(pooled ? s.Q / 2 * 2 : s.Q);
     best.padding = static_cast<int>(s.padding);
     const int P = best.P, Q = best.Q, step = pooled ? 2 : 1;
-    double least = 0;
+    double least = std::numeric_limits<double>::infinity();
+    const auto consider = [&](int rows, int cols, int pitch, int stack) {
+      const int boundaries = stack % rows == 0 ? 0 : (stack - 1 + rows - 1) / stack;
+      const int patch = (rows + 2 + 2 * boundaries) * pitch;
+      if (patch > max_patch) return;
+      const int col_tiles = (Q + cols - 1) / cols;
+      const int64_t tiles = (best.N * static_cast<int64_t>(stack) + rows - 1) / rows * col_tiles;
+      if (tiles > std::numeric_limits<int>::max()) return;
+      double cost = static_cast<double>(tiles) * (max_pixels + 0.25 * patch);
+      if (cost >= least) return;
+      if (spread) {
+        const int crowd = std::min(crowded(rows, cols, pitch, pooled, max_pixels), max_pixels / 8);
+        cost += static_cast<double>(tiles) * 2 * crowd;
+        if (cost >= least) return;
+      }
+      least = cost;
+      best.stack = stack;
+      best.tile_rows = rows;
+      best.tile_cols = cols;
+      best.pitch = pitch;
+      best.patch_pixels = patch;
+      best.col_tiles = col_tiles;
+      best.tiles = static_cast<int>(tiles);
+    };
     for (int cols = step; cols <= std::min(Q, max_pixels / step); cols += step) {
-      // Windows are read two rows at a time: 4 modulo 8 apart, all in different banks.
-      const int pitch = pooled ? (cols + 5) / 8 * 8 + 4 : cols + 2;
-      for (int high = max_pixels / cols / step * step; high >= step; high -= step) {
-        for (const int stack : {P, (P + high - 1) / high * high}) {
-          const int boundaries = stack % high == 0 ? 0 : (stack - 1 + high - 1) / stack;
-          const int patch = (high + 2 + 2 * boundaries) * pitch;
-          if (patch > max_patch) continue;
-          const int col_tiles = (Q + cols - 1) / cols;
-          const int64_t tiles = (best.N * static_cast<int64_t>(stack) + high - 1) / high * col_tiles;
-          const double conflicts = pooled || cols % 8 == 0 ? 1.0 : 1.1;
-          const double cost = static_cast<double>(tiles) * (conflicts * max_pixels + 0.25 * patch);
-          if (tiles <= std::numeric_limits<int>::max() && (least == 0 || cost < least)) {
-            least = cost;
-            best.stack = stack;
-            best.tile_rows = high;
-            best.tile_cols = cols;
-            best.pitch = pitch;
-            best.patch_pixels = patch;
-            best.col_tiles = col_tiles;
-            best.tiles = static_cast<int>(tiles);
+      const double of_one_row = static_cast<double>(s.N) * P * ((Q + cols - 1) / cols) * max_pixels;
+      for (int rows = max_pixels / cols / step * step; rows >= step; rows -= step) {
+        if (of_one_row / rows >= least) break;  // fewer rows are more tiles
+        for (const int stack : {P, (P + rows - 1) / rows * rows}) {
+          if (pooled) {  // windows' two rows are 4 modulo 8 pixels apart, and so in different banks
+            consider(rows, cols, (cols + 5) / 8 * 8 + 4, stack);
+          } else {
+            consider(rows, cols, cols + 2, stack);
+            if (spread) consider(rows, cols, cols + 3, stack);
           }
         }
       }
@@ -157,6 +181,72 @@ struct Tiling {
     best.inv_stack = 1.0f / static_cast<float>(best.stack);
     best.inv_padded_stack = 1.0f / static_cast<float>(best.stack + 2);
     return best;
+  }
+};
+
+/// A tiling whose tiles' pixels are in another order, for products that read eight of them at once: eight
+/// from a multiple of 8 on have windows that begin at different places modulo 8 of the patch, and so lie in
+/// different banks. Row by row, eight that reach over a row's end meet: 1.8 times the wavefronts where a row
+/// has 13 pixels. An image boundary in a tile moves the places behind it, which the eights that it cuts feel.
+struct SpreadTiling : Tiling {
+  static constexpr int kMaxPixels = 128;
+  static constexpr int kNone = 248;  // to 255: past the tile, of which no patch has so many pixels
+
+  /// Of each pixel its place in the patch of a tile without image boundaries. In the kernel's parameters,
+  /// that is in constant memory; looked up a few times a tile, not for each product.
+  uint8_t order[kMaxPixels];
+
+  template <bool kWindows>  // which is the order's, here
+  __device__ __forceinline__ int2 place(int m) const {
+    const int i = order[m], row = quotient(i, inv_pitch);
+    return make_int2(row, i - row * pitch);
+  }
+
+  /// Where in the patch the window of the m-th pixel begins, also of one past the image, whose sums nobody
+  /// takes: it may read what is there, if that has been written.
+  __device__ __forceinline__ int any_window(const Position& at, int m) const {
+    const int i = order[m], row = quotient(i, inv_pitch);
+    return row < tile_rows ? i + 2 * pitch * quotient(at.p + row, inv_stack) : i & 7;
+  }
+
+  static SpreadTiling choose(const ConvSize& s, bool pooled, int max_pixels, int max_patch) {
+    SpreadTiling spread{Tiling::choose(s, pooled, max_pixels, max_patch, /*spread=*/true), {}};
+    // A 2x2 window is four pixels of the order and takes four of the eight places: its first pixel's column
+    // is even and rows of windows are 0 modulo 8 apart, so that it takes 0, 1, 4 and 5, or else 2, 3, 6
+    // and 7.
+    const int step = pooled ? 2 : 1, together = step * step, groups = 8 / together;
+    const int units = max_pixels / together;
+    // In a tile of few pixels the windows of the first eight places would reach past the patch.
+    const bool few = spread.tile_rows * spread.pitch < 10;
+    for (int m = 0; m < kMaxPixels; ++m) {
+      const int place = pooled ? (m & 4) / 2 + (m & 2) * 2 + (m & 1) : m % 8;
+      spread.order[m] = static_cast<uint8_t>(kNone + (few ? 0 : place));
+    }
+    const auto put = [&](int unit, int begin) {
+      for (int j = 0; j < together; ++j) {
+        const int place = begin + j / 2 * spread.pitch + j % 2;
+        spread.order[unit * together + j] = static_cast<uint8_t>(place);
+      }
+    };
+    int next[8], crowd[kMaxPixels], crowd_count = 0;  // next: each group's next unit
+    std::iota(next, next + groups, 0);
+    for (int row = 0; row < spread.tile_rows; row += step) {
+      for (int col = 0; col < spread.tile_cols; col += step) {
+        const int begin = row * spread.pitch + col, group = begin / step % groups;
+        if (next[group] < units) {
+          put(next[group], begin);
+          next[group] += groups;
+        } else {
+          crowd[crowd_count++] = begin;
+        }
+      }
+    }
+    for (int group = 0; group < groups; ++group) {
+      for (; next[group] < units && crowd_count > 0; next[group] += groups) {
+        put(next[group], crowd[--crowd_count]);
+      }
+    }
+    return spread;
   }
 };
 

@@ -176,7 +176,7 @@ __device__ __forceinline__ int shared_out_channel(int lane) {
 
 template <class Source, class Gradient>
 struct WeightGradient {
-  Tiling tiling;
+  SpreadTiling tiling;
   Source x;
   Gradient gradient;
   int C, K;
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   uint16_t* const places = reinterpret_cast<uint16_t*>(shared + 2 * Tile::kBufferBytes);
   int4* const positions = reinterpret_cast<int4*>(shared + 2 * Tile::kBufferBytes + Tile::kPlaceBytes);
   const int4* const share = positions + 2;
-  const Tiling& tiling = conv.tiling;
+  const SpreadTiling& tiling = conv.tiling;
   const int thread = threadIdx.x;
   const auto warp_k = [](int thread) { return thread / 128 * 16 * Tile::MT; };
   const auto warp_c = [](int thread) { return thread / 32 % 4 * 8; };
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     if (i < Tile::kGradientItems) {
       const int number = thread + i * Tile::kThreads, pixel = number / Tile::kGradientChunks;
       if (pixel < Tile::kPixels) {
-        items.g.start(conv.gradient, tiling.output<false>(at, pixel), g_channel(thread), to);
+        items.g.start(conv.gradient, tiling.output(at, tiling.place<false>(pixel)), g_channel(thread), to);
       }
     } else {
       const int number = thread + (i - Tile::kGradientItems) * Tile::kThreads;
@@ -262,7 +262,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const auto find_places = [&](const Tiling::Position& at, int buffer) {
     const int thread = fresh_thread();
     if (thread < Tile::kPixels) {
-      places[buffer * Tile::kPixels + thread] = static_cast<uint16_t>(tiling.window<false>(at, thread));
+      places[buffer * Tile::kPixels + thread] =
+          static_cast<uint16_t>(tiling.window(at, tiling.place<false>(thread)));
     }
   };
 
@@ -386,7 +387,7 @@ template <class Tile, class Source, class Gradient>
 cudaError_t launch_weight_gradient(void (*kernel)(WeightGradient<Source, Gradient>), const ConvSize& s,
                                    const Source& x, const Gradient& gradient, float* dweight, float* dbias,
                                    void* workspace, cudaStream_t stream) {
-  const Tiling tiling = Tiling::choose(s, false, Tile::kPixels, Tile::kMaxPatch);
+  const SpreadTiling tiling = SpreadTiling::choose(s, false, Tile::kPixels, Tile::kMaxPatch);
   if (tiling.tile_cols == 0) return cudaErrorInvalidValue;
   // At least four tiles a block, whose sums are then not more memory than its input.
   const int64_t splits = std::min<int64_t>(most_gradient_splits(s.C, s.K), (tiling.tiles + 3) / 4);

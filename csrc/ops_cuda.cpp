@@ -153,11 +153,13 @@ Precision parse_precision(const std::string& name) {
   return Precision::kBf16;
 }
 
+/// `number`, which is empty or 1, stands behind the arguments' names in errors.
 ConvCall conv_call(const Call& call, const Tensor& x, const Tensor& weight, int64_t padding,
-                   const std::string& precision) {
-  STD_TORCH_CHECK(padding == 0 || padding == 1, "padding must be 0 or 1, is ", padding);
+                   const std::string& precision, const std::string& number = "") {
+  const std::string of_weight = "weight" + number;
+  STD_TORCH_CHECK(padding == 0 || padding == 1, "padding", number, " must be 0 or 1, is ", padding);
   const DataType dtype = call.check_activation(x, "x", {kAny, kAny, kAny, kAny});
-  call.check(weight, "weight", {kAny, x.size(3), 3, 3});
+  call.check(weight, of_weight.c_str(), {kAny, x.size(3), 3, 3});
   const ConvSize size{.N = x.size(0),
                       .H = x.size(1),
                       .W = x.size(2),
@@ -166,7 +168,8 @@ ConvCall conv_call(const Call& call, const Tensor& x, const Tensor& weight, int6
                       .padding = padding};
   STD_TORCH_CHECK(size.P >= 1 && size.Q >= 1, "x must be at least ", 3 - 2 * padding,
                   " pixels high and wide, is ", size.H, " x ", size.W);
-  STD_TORCH_CHECK(size.C >= 1 && size.K >= 1, "weight must have at least one input and one output channel");
+  STD_TORCH_CHECK(size.C >= 1 && size.K >= 1, of_weight,
+                  " must have at least one input and one output channel");
   check_row(size.W, size.C, "x");
   check_row(size.W + 2 * padding, size.K, "the convolution's output");
   return {size, dtype, parse_precision(precision), call.multiprocessors()};
@@ -327,7 +330,7 @@ ConvSize second_size(const ConvSize& first, const Tensor& weight2, int64_t paddi
 std::pair<ConvCall, ConvSize> head_call(const Call& call, const Tensor& x, const Tensor& weight1,
                                         const Tensor& weight2, int64_t padding1, int64_t padding2, bool pool,
                                         const std::string& precision) {
-  const ConvCall first = conv_call(call, x, weight1, padding1, precision);
+  const ConvCall first = conv_call(call, x, weight1, padding1, precision, "1");
   STD_TORCH_CHECK(padding2 == 0 || padding2 == 1, "padding2 must be 0 or 1, is ", padding2);
   STD_TORCH_CHECK(first.size.N >= 1,
                   "x must hold at least one image: without one there are no batch statistics");

@@ -186,17 +186,71 @@ def test_softmax_cross_entropy(device: str) -> None:
     torch.testing.assert_close(ours.grad.cpu(), cpu.grad)
 
 
-def test_dropout_drops_what_the_cpu_drops(device: str) -> None:
-    x, seed = torch.rand(3, 1001) + 0.5, torch.tensor([-17])
-    y = ops.dropout(x.to(device), seed.to(device), 0.3)
-    assert torch.equal(y.cpu(), ops.dropout(x, seed, 0.3))
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_conv_bn_relu(device: str, shape: tuple[int, ...], kind: Any) -> None:
+    """Inference: statistics that are given."""
+    (N, H, W, C, K), (precision, dtype) = shape, kind
+    x, weight = image(N, C, H, W).to(dtype), torch.randn(K, C, 3, 3) / (3 * C**0.5)
+    vectors = [torch.randn(K), torch.rand(K) + 0.5, torch.randn(K), torch.randn(K), torch.rand(K) + 0.5]
+    ours = ops.conv_bn_relu(*(t.to(device) for t in (x, weight, *vectors)), padding=1, precision=precision)
+    exact = ops.conv_bn_relu_reference(*(t.double() for t in (x, weight, *vectors)), padding=1)
+    assert ours.dtype == dtype
+    assert_close(ours, exact, TOLERANCE[precision], "y")
 
 
-def test_warp_is_the_cpu_to_the_bit(device: str) -> None:
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense(device: str, dtype: torch.dtype, relu: bool) -> None:
+    """PyTorch's product, here: that it gets there, and both passes' types."""
+    tolerance = TOLERANCE["bf16" if dtype == torch.bfloat16 else "ieee"]
+    operands = [torch.randn(37, 300).to(dtype), torch.randn(50, 300) / 300**0.5, torch.randn(50)]
+    given = [operand.to(device).requires_grad_() for operand in operands]
+    exact = [operand.detach().double().requires_grad_() for operand in operands]
+    y, expected = ops.dense(*given, relu), ops.dense_reference(*exact, relu)
+    dy = torch.randn(37, 50).double()
+    dy[expected.detach().abs() < 0.1 * expected.detach().abs().max()] = 0
+    y.backward(dy.to(dtype).to(device))
+    expected.backward(dy.to(dtype).double())
+    assert_close(y.detach(), expected.detach(), tolerance, "y")
+    for i, (mine, theirs) in enumerate(zip(given, exact, strict=True)):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert mine.grad.dtype == mine.dtype
+        assert_close(mine.grad, theirs.grad, 4 * tolerance, f"gradient {i}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_what_the_cpu_drops(device: str, dtype: torch.dtype) -> None:
+    x, seed, dy = torch.rand(3, 1001) + 0.5, torch.tensor([-17]), torch.rand(3, 1001) + 0.5
+    ours, cpu = x.to(dtype).to(device).requires_grad_(), x.to(dtype).float().requires_grad_()
+    y, expected = ops.dropout(ours, seed.to(device), 0.3), ops.dropout(cpu, seed, 0.3)
+    y.backward(dy.to(dtype).to(device))
+    expected.backward(dy.to(dtype).float())
+    assert ours.grad is not None
+    assert cpu.grad is not None
+    for mine, theirs in ((y.detach(), expected.detach()), (ours.grad, cpu.grad)):
+        assert torch.equal(mine.cpu(), theirs.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_warp_is_the_cpu_to_the_bit(device: str, dtype: torch.dtype) -> None:
     pictures = torch.randint(0, 256, (4, 33, 47, 3), dtype=torch.uint8)
     matrices = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]).double() + 0.1 * torch.randn(4, 6).double()
-    ours = ops.warp(pictures.to(device), matrices.to(device), 3.0)
-    assert torch.equal(ours.cpu(), ops.warp(pictures, matrices, 3.0))
+    ours = ops.warp(pictures.to(device), matrices.to(device), 3.0, dtype=dtype)
+    assert torch.equal(ours.cpu(), ops.warp(pictures, matrices, 3.0).to(dtype))
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
+def test_a_network_predicts_as_the_cpu_does(device: str, precision: ops.Precision) -> None:
+    network = models.create("final", image_size=140, precision=precision, seed=1).eval()
+    x = torch.rand(3, 3, 140, 140).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        exact = models.torch_twin(network).double()(x.double())
+        fast = models.for_inference(network.to(device))
+        given = x.to(device)
+        ours = fast(given.bfloat16() if precision == "bf16" else given)
+    assert_close(ours, exact, 10 * TOLERANCE[precision], "logits")
 
 
 @pytest.mark.parametrize("counted", [False, True])

@@ -12,16 +12,12 @@ import cuda_emulator
 import pytest
 import torch
 from cuda_emulator import CSRC, Kernels, Output, Traffic
-from test_cuda_conv import KINDS, Kind, Size, conv_call, whole, workspace
+from test_cuda_conv import KINDS, Size, conv_call, whole, workspace
 
 pytestmark = pytest.mark.skipif(not cuda_emulator.has_compiler(), reason="there is no C++ compiler")
 
+# Whole rows of 52, 60 and 26 pixels, and of 54, 62 and 28 in backward-data: multiples of 8 and others.
 LAYERS = [Size(1, 54, 54, 32, 32, 0), Size(1, 62, 62, 64, 64, 0), Size(1, 28, 28, 128, 128, 0)]
-
-
-#: Of layers with 52 and 26 pixels in a row, where tiles of 8 would leave out 4 of 56 and 6 of 32: rows of 13 pixels are
-#: cheaper than they, although eight pixels that reach over a row's end meet in a bank (conv_tiling.cuh).
-CONFLICTS = {LAYERS[0]: 1.8, LAYERS[2]: 1.8}
 
 
 class Limit(NamedTuple):
@@ -32,40 +28,74 @@ class Limit(NamedTuple):
     limit: float
 
 
+PATCH = Limit("conv_math.cuh", "ldmatrix_x4(a_fragment,", "shared", "reads", 1.01)
+FILTER = Limit("conv_math.cuh", "ldmatrix_x4(b_fragment[nt]", "shared", "reads", 1.0)
 FORWARD = [
-    # The filter's fragments, its way into shared memory, and the results' way out: nothing is wasted.
-    Limit("conv_math.cuh", "ldmatrix_x4(b_fragment[nt]", "shared", "reads", 1.0),
+    # The patch: its pixels are read in an order that spreads them over the banks (SpreadTiling). The filter's
+    # fragments, its way into shared memory, and the results' way out: nothing is wasted.
+    PATCH,
+    FILTER,
     Limit("conv_halo_tile.cuh", "cp_async_16(to + swizzled(", "global", "reads", 1.0),
     Limit("conv_halo_tile.cuh", "cp_async_16(to + swizzled(", "shared", "writes", 1.0),
     Limit("conv_halo_tile.cuh", "*reinterpret_cast<float2*>(to) =", "shared", "writes", 1.0),
     Limit("conv_halo_tile.cuh", "const float4 four = *reinterpret_cast<const float4*>(stage", "shared", "reads", 1.0),
-    # The patch: its rows begin anywhere in a line of banks.
+    # The patch's rows begin anywhere in a line of banks.
     Limit("conv_sources.cuh", "cp_async_16(", "global", "reads", 1.0),
     Limit("conv_sources.cuh", "cp_async_16(", "shared", "writes", 1.1),
-    # Where rows are multiples of 8 pixels (CONFLICTS) but for the pixels past the image, which are its first one.
-    Limit("conv_math.cuh", "ldmatrix_x4(a_fragment,", "shared", "reads", 1.1),
 ]  # fmt: skip
+# 30 windows of a tile of 10 x 12 pixels are 18 of the one kind and 12 of the other, of which there is room for 16.
+POOLED = [PATCH._replace(limit=1.13), FILTER]
+BACKWARD = [PATCH, FILTER]
+# Pixels that a tile lacks read its first one's window, and so may meet it.
+GRADIENT = {
+    "bf16": [Limit("conv_weight_gradient.cuh", "ldmatrix_x4_trans(b, rows);", "shared", "reads", 1.25)],
+    "tf32": [Limit("conv_weight_gradient.cuh", "b[i] = to_tf32(*reinterpret_cast<const float*>(shifted))",
+                   "shared", "reads", 1.25)],
+}  # fmt: skip
 
 
-def forward_traffic(kernels: Kernels, s: Size, kind: Kind) -> list[Traffic]:
-    call = conv_call(s, kind)
-    x, weight, bias = whole(s.N, s.H, s.W, s.C), whole(s.K, s.C, 3, 3), whole(s.K)
-    y = Output(torch.empty(s.N, s.P, s.Q, s.K, dtype=kind.dtype))
-    room = workspace(kernels, "conv_relu_workspace_bytes", call)
-    arguments = (call, x.to(kind.dtype), weight.float(), bias.float(), y, room)
-    return kernels.run("launch_conv_relu", *arguments, count_traffic=True)
-
-
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("kind", ["tf32", "bf16"])
-def test_forward(layer: Size, kind: str) -> None:
-    traffic = forward_traffic(cuda_emulator.build("conv_relu_cuda.cu"), layer, KINDS[kind])
-    for file, text, space, verb, limit in FORWARD:
+def check(traffic: list[Traffic], limits: list[Limit]) -> None:
+    for file, text, space, verb, limit in limits:
         lines = (CSRC / file).read_text().splitlines()
         places = {f"{file}:{i}" for i, line in enumerate(lines, 1) if text in line}
         found = [entry for entry in traffic if entry[:3] in {(place, space, verb) for place in places}]
         assert found, f"nothing {verb} {space} memory at {text!r} of {file}"
-        if text.startswith("ldmatrix_x4(a_"):
-            limit = CONFLICTS.get(layer, limit)
         units, least = sum(entry.units for entry in found), sum(entry.least for entry in found)
         assert units <= limit * least, f"{file} {text!r} {verb} {space}: {units / least:.2f} times the least"
+
+
+@pytest.fixture(scope="module")
+def forward() -> Kernels:
+    return cuda_emulator.build("conv_relu_cuda.cu")
+
+
+@pytest.fixture(scope="module")
+def backward() -> Kernels:
+    return cuda_emulator.build("conv_relu_backward_cuda.cu")
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("kind", ["tf32", "bf16"])
+def test_forward(forward: Kernels, layer: Size, kind: str) -> None:
+    k, s, call = KINDS[kind], layer, conv_call(layer, KINDS[kind])
+    x, weight, bias = whole(s.N, s.H, s.W, s.C).to(k.dtype), whole(s.K, s.C, 3, 3).float(), whole(s.K).float()
+    room = workspace(forward, "conv_relu_workspace_bytes", call)
+    y = Output(torch.empty(s.N, s.P, s.Q, s.K, dtype=k.dtype))
+    check(forward.run("launch_conv_relu", call, x, weight, bias, y, room, count_traffic=True), FORWARD)
+    pooled = torch.empty(s.N, s.P // 2, s.Q // 2, s.K, dtype=k.dtype)
+    outputs = (Output(pooled), Output(torch.empty(pooled.shape, dtype=torch.uint8)))
+    arguments = (call, x, weight, bias, *outputs, room)
+    check(forward.run("launch_conv_relu_max_pool", *arguments, count_traffic=True), POOLED)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("kind", ["tf32", "bf16"])
+def test_backward(backward: Kernels, layer: Size, kind: str) -> None:
+    k, s, call = KINDS[kind], layer, conv_call(layer, KINDS[kind])
+    x, weight = whole(s.N, s.H, s.W, s.C).to(k.dtype), whole(s.K, s.C, 3, 3).float()
+    dy, y = (whole(s.N, s.P, s.Q, s.K).to(k.dtype) for _ in range(2))
+    room = workspace(backward, "conv_relu_backward_workspace_bytes", call)
+    outputs = map(Output, (torch.empty_like(x), torch.empty_like(weight), torch.empty(s.K)))
+    arguments = (call, dy, x, weight, y, *outputs, room)
+    found = backward.run("launch_conv_relu_backward", *arguments, count_traffic=True)
+    check(found, BACKWARD + GRADIENT[kind])
