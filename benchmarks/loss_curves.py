@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -79,8 +80,8 @@ def draw(logs: dict[tuple[str, int], list[dict[str, str]]], path: Path) -> None:
 
 def distances(
     logs: dict[tuple[str, int], list[dict[str, str]]], engines: tuple[str, ...], column: str
-) -> tuple[float, float]:
-    """The mean over epochs of the largest distance between engines of one seed, and between seeds of one engine."""
+) -> tuple[list[float], list[float]]:
+    """The mean over epochs of the largest distance between engines, of each seed; and between seeds, of each engine."""
 
     def spread(runs: list[list[dict[str, str]]]) -> float:
         curves = [[float(row[column]) for row in rows] for rows in runs]
@@ -90,7 +91,7 @@ def distances(
     seeds = sorted({seed for _, seed in logs})
     between_engines = [spread([logs[engine, seed] for engine in engines]) for seed in seeds]
     between_seeds = [spread([logs[engine, seed] for seed in seeds]) for engine in engines]
-    return max(between_engines), min(between_seeds)
+    return between_engines, between_seeds
 
 
 def main() -> None:
@@ -111,8 +112,9 @@ def main() -> None:
         for column in ("train_cross_entropy", "val_cross_entropy"):
             engines, seeds = distances(logs, compared, column)
             print(
-                f"{', '.join(compared)}: {column} of one seed at most {engines:.4f} apart, of seeds at least "
-                f"{seeds:.4f} (mean of epochs)"
+                f"{', '.join(compared)}: {column} of one seed {statistics.mean(engines):.3f} apart (at most "
+                f"{max(engines):.3f}), of one engine {statistics.mean(seeds):.3f} (at least {min(seeds):.3f}), "
+                "means of the epochs"
             )
     print(f"drawn into {given.out / 'loss_curves.png'}")
 
