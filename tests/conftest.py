@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 
+import cuda_emulator
 import pytest
 import torch
 from torch import Tensor
@@ -85,3 +86,15 @@ def as_exact_as_torch(record_property: Callable[[str, object], None]) -> Callabl
         )
 
     return check
+
+
+@pytest.fixture(scope="session")
+def forward() -> cuda_emulator.Kernels:
+    """The CUDA kernels of conv_relu, on the emulator."""
+    return cuda_emulator.build("conv_relu_cuda.cu")
+
+
+@pytest.fixture(scope="session")
+def backward() -> cuda_emulator.Kernels:
+    """Those of its backward pass."""
+    return cuda_emulator.build("conv_relu_backward_cuda.cu")

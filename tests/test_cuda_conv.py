@@ -92,16 +92,6 @@ IDS = list(map(str, SIZES))
 
 
 @pytest.fixture(scope="module")
-def forward() -> cuda_emulator.Kernels:
-    return cuda_emulator.build("conv_relu_cuda.cu")
-
-
-@pytest.fixture(scope="module")
-def backward() -> cuda_emulator.Kernels:
-    return cuda_emulator.build("conv_relu_backward_cuda.cu")
-
-
-@pytest.fixture(scope="module")
 def batch_norm() -> cuda_emulator.Kernels:
     return cuda_emulator.build("conv_bn_relu_cuda.cu")
 

@@ -34,16 +34,6 @@ SIZES = [Size(2, 9, 11, 20, 33, 1), Size(2, 12, 10, 3, 34, 0), Size(1, 8, 13, 2,
 
 
 @pytest.fixture(scope="module")
-def forward() -> Kernels:
-    return cuda_emulator.build("conv_relu_cuda.cu")
-
-
-@pytest.fixture(scope="module")
-def backward() -> Kernels:
-    return cuda_emulator.build("conv_relu_backward_cuda.cu")
-
-
-@pytest.fixture(scope="module")
 def batch_norm() -> Kernels:
     return cuda_emulator.build("conv_bn_relu_cuda.cu")
 

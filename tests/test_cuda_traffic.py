@@ -64,16 +64,6 @@ def check(traffic: list[Traffic], limits: list[Limit]) -> None:
         assert units <= limit * least, f"{file} {text!r} {verb} {space}: {units / least:.2f} times the least"
 
 
-@pytest.fixture(scope="module")
-def forward() -> Kernels:
-    return cuda_emulator.build("conv_relu_cuda.cu")
-
-
-@pytest.fixture(scope="module")
-def backward() -> Kernels:
-    return cuda_emulator.build("conv_relu_backward_cuda.cu")
-
-
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.parametrize("kind", ["tf32", "bf16"])
 def test_forward(forward: Kernels, layer: Size, kind: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -394,3 +396,18 @@ def test_every_setting_is_a_flag_with_help(capsys: Any) -> None:
     text = capsys.readouterr().out
     for name in Config().to_dict():
         assert f"--{name.replace('_', '-')}" in text
+
+
+def test_a_tensorboard_that_cannot_be_imported_costs_its_events_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise TypeError("Descriptors cannot be created directly. Downgrade protobuf")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken("torch.utils.tensorboard"))
+    events = runfolder.Events(tmp_path, 0)
+    events.add({"epoch": 1})
+    events.close()
+    assert list(tmp_path.iterdir()) == []
+    assert "no TensorBoard events" in capsys.readouterr().err

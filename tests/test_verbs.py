@@ -125,6 +125,7 @@ def test_evaluate_matches_classes_by_name(trained: Path, folder: Path, tmp_path:
     (sorted_folder / "cats").mkdir()
     (sorted_folder / "cats" / "1.jpg").write_bytes((folder / "training/10001.jpg").read_bytes())
     assert verb("evaluate", trained, "--data", sorted_folder, "--out", tmp_path / "c") == 2
+    assert not (tmp_path / "c").exists()
 
 
 # ---- predict
