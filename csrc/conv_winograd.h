@@ -165,6 +165,10 @@ inline MASKCORE_INLINE void transform_square(void (&transform)(const Vec (&)[Fro
 
 // ---- filters ---------------------------------------------------------------------------------
 
+// A filter's 36 components lie in 36 places, and so do the filters of a panel: their lines are asked for so
+// many rows before they are needed.
+inline constexpr int64_t kFilterRowsAhead = 2;
+
 /// The filters G g G^T as the products read them: [36][panel of columns][row / D][kTileColumns][D] with the D
 /// = kDepth of the operands, zero-padded in the columns and in the last D rows. A component begins off the
 /// cache sets of the one before: all 36 of a filter are written at once. Forward the rows are input channels
@@ -209,14 +213,16 @@ void transform_filters(const float* weight, const FilterShape& f, typename Opera
         const float* g = weight + row * f.row_stride + first * f.column_stride;
         alignas(kVectorBytes) float taps[kTaps][kTileColumns] = {};
         for (int64_t j = 0; j < lanes; ++j) {
+          __builtin_prefetch(g + kFilterRowsAhead * kDepth * f.row_stride + j * f.column_stride);
           for (int64_t tap = 0; tap < kTaps; ++tap) taps[tap][j] = g[j * f.column_stride + tap];
         }
         for (int j = 0; j < kTileColumns; j += kLanes) {
           transform_square<3, kIn>(
               transform_filter, [&](int r, int t) { return load(taps[3 * r + t] + j); },
               [&](int r, int t, Vec u) {
-                Operands::save_term(out + (kIn * r + t) * component + (i * kTileColumns + j) * kDepth,
-                                    row - first_row, u);
+                auto* to = out + (kIn * r + t) * component + (i * kTileColumns + j) * kDepth;
+                __builtin_prefetch(to + kFilterRowsAhead * kTileColumns * kDepth, /*rw=*/1);
+                Operands::save_term(to, row - first_row, u);
               });
         }
       }
@@ -689,16 +695,19 @@ inline void transform_filter_gradients(const float* du, int64_t pieces, int64_t 
             transform_filter_gradient,
             [&](int r, int t) {
               const float* part = du + (kIn * r + t) * component + row * kTileColumns + j;
-              Vec total = load(part);
-              for (int64_t piece = 1; piece < pieces; ++piece) {
-                total += load(part + piece * kComponents * component);
+              Vec total{};
+              for (int64_t piece = 0; piece < pieces; ++piece, part += kComponents * component) {
+                __builtin_prefetch(part + kFilterRowsAhead * kTileColumns);
+                total += load(part);
               }
               return total;
             },
             [&](int r, int t, Vec g) { store(taps[3 * r + t] + j, g); });
       }
       for (int64_t j = 0; j < lanes; ++j) {
-        for (int64_t tap = 0; tap < kTaps; ++tap) dw[((first + j) * C + c) * kTaps + tap] = taps[tap][j];
+        float* to = dw + ((first + j) * C + c) * kTaps;
+        __builtin_prefetch(to + kFilterRowsAhead * kTaps, /*rw=*/1);
+        for (int64_t tap = 0; tap < kTaps; ++tap) to[tap] = taps[tap][j];
       }
     }
     clock.end(Phase::kFilterTransform);
@@ -730,7 +739,8 @@ class WinogradBackward {
     const int64_t tile_floats = kComponents * (s_.C + s_.K);
     const int64_t afforded =
         std::clamp(grid_.tiles * tile_floats / (6 * du_floats_), kLeastPieces, kMostPieces);
-    const int64_t pieces = in_pieces ? std::min(grid_.N * grid_.rows, afforded) : 1;
+    const int64_t even = afforded + afforded % 2;  // for two cores
+    const int64_t pieces = in_pieces ? std::min(grid_.N * grid_.rows, even) : 1;
     const int64_t sums = in_pieces ? pieces : ceil_div(grid_.tiles, kGroupTiles);
     du_ = workspace(Purpose::kPartial, pieces * du_floats_);
     partial_db_ = workspace(Purpose::kStatistics, sums * s_.K);
