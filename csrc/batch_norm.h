@@ -95,14 +95,16 @@ struct Moments {
 };
 
 /// z = the convolution plus bias; a block of tiles is a group, its first output the shift.
+template <class F>
 struct MomentsOutput {
   StoreOutput<false> z;
   Moments& moments;
-  const TileGrid& grid;
+  const TileGrid<F>& grid;
   int64_t blocks;
 
   template <class Lanes>
-  void save(int64_t block, const Tile& tile, int64_t k, Lanes lanes, const Vec (&y_tile)[kOut][kOut]) const {
+  void save(int64_t block, const Tile& tile, int64_t k, Lanes lanes,
+            const Vec (&y_tile)[F::kOut][F::kOut]) const {
     z.save(block, tile, k, lanes, y_tile);
     float* out = moments.shift(block) + k;
     const bool first = grid.number(tile) == block * grid.tiles / blocks;
@@ -110,13 +112,11 @@ struct MomentsOutput {
     const Vec shift = first ? y_tile[0][0] + b : load(out, lanes);
     const Vec offset = b - shift;
     Vec sum{}, squares{};
-    for (int64_t i = 0; i < tile.height; ++i) {
-      for (int64_t j = 0; j < tile.width; ++j) {
-        const Vec d = y_tile[i][j] + offset;
-        sum += d;
-        squares += d * d;
-      }
-    }
+    for_each_output<F::kOut>(tile, [&](int64_t i, int64_t j) {
+      const Vec d = y_tile[i][j] + offset;
+      sum += d;
+      squares += d * d;
+    });
     if (first) {
       store(out, shift, lanes);
     } else {
@@ -139,22 +139,21 @@ inline void convolve_for_batch_norm(const ConvShape& s, Precision precision, con
   const Activation input{x, s.H, s.W, s.C};
   const int64_t rows = s.N * s.P, row_floats = s.Q * s.K;
   if (use_winograd(s)) {
-    const TileGrid grid{.N = s.N, .P = s.P, .Q = s.Q};
-    const int64_t blocks = block_count(grid, s.C, s.K);
-    Moments moments(blocks, s.K);
     const StoreOutput<false> z_output{.y = z, .N = s.N, .P = s.P, .Q = s.Q, .K = s.K, .bias = bias};
-    const MomentsOutput sink{.z = z_output, .moments = moments, .grid = grid, .blocks = blocks};
-    with_operands(precision, [&]<class Operands>() {
-      const auto* filter = transform_filters<Operands>(weight, FilterShape::forward(s.K, s.C));
+    with_tiles(s, s.P, s.Q, precision, [&]<class Operands, class F>(const TileGrid<F>& grid) {
+      const int64_t blocks = block_count(grid, s.C, s.K);
+      Moments moments(blocks, s.K);
+      const MomentsOutput<F> sink{.z = z_output, .moments = moments, .grid = grid, .blocks = blocks};
+      const auto* filter = transform_filters<Operands, F>(weight, FilterShape::forward(s.K, s.C));
       convolve_winograd<Operands>(s, grid, input, filter, sink);
+      moments.merge(mean, var);
     });
-    moments.merge(mean, var);
   } else {
     Moments moments(rows, s.K);
     std::fill(moments.pixels.begin(), moments.pixels.end(), s.Q);
     convolve(
         s, s.P, s.Q, input, pack_filter(weight, s, /*turned=*/false), bias, /*relu=*/false,
-        [=](int64_t n, int64_t p, int64_t) { return z + (n * s.P + p) * row_floats; },
+        /*streamed=*/false, [=](int64_t n, int64_t p, int64_t) { return z + (n * s.P + p) * row_floats; },
         [&](int64_t n, int64_t begin, int64_t end) {
           for (int64_t row = n * s.P + begin; row < n * s.P + end; ++row) {
             moments.take_row(row, z + row * row_floats, s.Q);

@@ -72,6 +72,7 @@ struct ConvTile {
   float* y;  // the tile's first output; pixels are K apart
   int64_t K;
   int64_t lanes;  // output channels of this panel, 1..kTileColumns
+  bool streamed;  // past the caches
 };
 
 /// M pixels times kTileColumns output channels: M * 2 accumulators + 2 of w + 1 of x.
@@ -94,7 +95,12 @@ void conv_tile(const ConvTile& t) {
 #pragma GCC unroll 2
     for (int j = 0; j < kTileVectors; ++j) {
       const Vec y = t.relu ? relu(acc[i][j]) : acc[i][j];
-      store(t.y + i * t.K + j * kLanes, y, t.lanes - j * kLanes);
+      float* out = t.y + i * t.K + j * kLanes;
+      if (t.streamed && t.lanes > j * kLanes) {
+        stream(out, y);
+      } else {
+        store(out, y, t.lanes - j * kLanes);
+      }
     }
   }
 }
@@ -102,11 +108,12 @@ void conv_tile(const ConvTile& t) {
 /// y[n,p,q,:] for every n and the first `P`, `Q` rows and columns of the output.
 ///   source    rows of the unpadded input
 ///   filter    pack_filter(...)
+///   streamed  whether every vector of the output may be written past the caches
 ///   out_row   (n, p, slot) -> float*: where row p of image n goes, [Q][K]; slot = p - the block's first row
 ///   finish    (n, begin, end): called when rows [begin, end) of image n are complete
 template <class Source, class OutRow, class Finish>
 void convolve(const ConvShape& s, int64_t P, int64_t Q, const Source& source, const float* filter,
-              const float* bias, bool relu, const OutRow& out_row, const Finish& finish) {
+              const float* bias, bool relu, bool streamed, const OutRow& out_row, const Finish& finish) {
   const int64_t width = s.W + 2 * s.padding, pitch = width * s.C;
   const int64_t rows = row_block(std::max(width, Q), std::max(s.C, s.K)), blocks = ceil_div(P, rows);
   const int64_t panels = ceil_div(s.K, kTileColumns);
@@ -127,7 +134,8 @@ void convolve(const ConvShape& s, int64_t P, int64_t Q, const Source& source, co
                      .relu = relu,
                      .y = nullptr,
                      .K = s.K,
-                     .lanes = std::min<int64_t>(kTileColumns, s.K - k)};
+                     .lanes = std::min<int64_t>(kTileColumns, s.K - k),
+                     .streamed = streamed};
           const float* x_row = x + (p - first) * pitch;
           float* y_row = out_row(n, p, p - first) + k;
           for_each_tile(Q, [&]<int M>(int64_t q) {
@@ -139,6 +147,7 @@ void convolve(const ConvShape& s, int64_t P, int64_t Q, const Source& source, co
       }
       finish(n, first, last);
     }
+    if (streamed) stream_fence();
     clock.end(Phase::kDirect);
   });
 }
@@ -150,7 +159,7 @@ void convolve_backward_data(const ConvShape& s, const Gradient& gradient, const 
   const ConvShape b = s.backward_data();
   const float* filter = pack_filter(weight, b, /*turned=*/true);
   convolve(
-      b, s.H, s.W, gradient, filter, nullptr, false,
+      b, s.H, s.W, gradient, filter, nullptr, false, streams(dx, s.C, s.N * s.H * s.W * s.C),
       [=](int64_t n, int64_t h, int64_t) { return dx + (n * s.H + h) * s.W * s.C; },
       [](int64_t, int64_t, int64_t) {});
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "conv_direct.h"
 #include "conv_winograd.h"
@@ -11,11 +12,13 @@
 namespace maskcore {
 
 /// The filters transformed before (transform_filter), or null: they are transformed now.
-template <class Operands>
+template <class Operands, class F>
 const typename Operands::Element* forward_filters(const ConvShape& s, const float* weight,
                                                   const float* transformed) {
-  if (transformed != nullptr) return reinterpret_cast<const typename Operands::Element*>(transformed);
-  return transform_filters<Operands>(weight, FilterShape::forward(s.K, s.C));
+  const FilterShape f = FilterShape::forward(s.K, s.C);
+  if (transformed == nullptr) return transform_filters<Operands, F>(weight, f);
+  const int64_t begin = std::is_same_v<F, F4> ? 0 : f.widest_floats<F4>();
+  return reinterpret_cast<const typename Operands::Element*>(transformed + begin);
 }
 
 /// y [N,P,Q,K] = max(conv(input, weight) + bias, 0)
@@ -24,15 +27,15 @@ void convolve_relu(const ConvShape& s, Precision precision, const Source& input,
                    const float* transformed, const float* bias, float* y) {
   if (use_winograd(s)) {
     const StoreOutput<true> sink{.y = y, .N = s.N, .P = s.P, .Q = s.Q, .K = s.K, .bias = bias};
-    with_operands(precision, [&]<class Operands>() {
-      convolve_winograd<Operands>(s, TileGrid{.N = s.N, .P = s.P, .Q = s.Q}, input,
-                                  forward_filters<Operands>(s, weight, transformed), sink);
+    with_tiles(s, s.P, s.Q, precision, [&]<class Operands, class F>(const TileGrid<F>& grid) {
+      convolve_winograd<Operands>(s, grid, input, forward_filters<Operands, F>(s, weight, transformed), sink);
     });
     return;
   }
   convolve(
       s, s.P, s.Q, input, pack_filter(weight, s, /*turned=*/false), bias,
-      /*relu=*/true, [=](int64_t n, int64_t p, int64_t) { return y + (n * s.P + p) * s.Q * s.K; },
+      /*relu=*/true, streams(y, s.K, s.N * s.P * s.Q * s.K),
+      [=](int64_t n, int64_t p, int64_t) { return y + (n * s.P + p) * s.Q * s.K; },
       [](int64_t, int64_t, int64_t) {});
 }
 
@@ -43,19 +46,17 @@ struct PoolOutput {
   int64_t P, Q, K;
   const float* bias;
 
-  template <class Lanes>
+  template <class Lanes, int kOut>
   void save(int64_t, const Tile& tile, int64_t k, Lanes lanes, const Vec (&y_tile)[kOut][kOut]) const {
     const Vec b = load(bias + k, lanes);
     const int64_t first = ((tile.n * P + tile.p / 2) * Q + tile.q / 2) * K + k;
-    for (int64_t i = 0; i < tile.height / 2; ++i) {
-      for (int64_t j = 0; j < tile.width / 2; ++j) {
-        const Vec window[4] = {relu(y_tile[2 * i][2 * j] + b), relu(y_tile[2 * i][2 * j + 1] + b),
-                               relu(y_tile[2 * i + 1][2 * j] + b), relu(y_tile[2 * i + 1][2 * j + 1] + b)};
-        const Pooled pooled = max_pool_window(window);
-        store(y + first + (i * Q + j) * K, pooled.best, lanes);
-        store_bytes(argmax + first + (i * Q + j) * K, pooled.place, lanes);
-      }
-    }
+    for_each_output<kOut, 2>(tile, [&](int64_t i, int64_t j) {
+      const Vec window[4] = {relu(y_tile[2 * i][2 * j] + b), relu(y_tile[2 * i][2 * j + 1] + b),
+                             relu(y_tile[2 * i + 1][2 * j] + b), relu(y_tile[2 * i + 1][2 * j + 1] + b)};
+      const Pooled pooled = max_pool_window(window);
+      store(y + first + (i * Q + j) * K, pooled.best, lanes);
+      store_bytes(argmax + first + (i * Q + j) * K, pooled.place, lanes);
+    });
   }
 };
 
@@ -68,9 +69,8 @@ void convolve_relu_max_pool(const ConvShape& s, Precision precision, const Sourc
   const int64_t P = 2 * pool.P, Q = 2 * pool.Q;
   if (use_winograd(s)) {
     const PoolOutput sink{.y = y, .argmax = argmax, .P = pool.P, .Q = pool.Q, .K = s.K, .bias = bias};
-    with_operands(precision, [&]<class Operands>() {
-      convolve_winograd<Operands>(s, TileGrid{.N = s.N, .P = P, .Q = Q}, input,
-                                  forward_filters<Operands>(s, weight, transformed), sink);
+    with_tiles(s, P, Q, precision, [&]<class Operands, class F>(const TileGrid<F>& grid) {
+      convolve_winograd<Operands>(s, grid, input, forward_filters<Operands, F>(s, weight, transformed), sink);
     });
     return;
   }
@@ -79,7 +79,7 @@ void convolve_relu_max_pool(const ConvShape& s, Precision precision, const Sourc
   };
   convolve(
       s, P, Q, input, pack_filter(weight, s, /*turned=*/false), bias,
-      /*relu=*/true, [=](int64_t, int64_t, int64_t slot) { return convolved(slot); },
+      /*relu=*/true, /*streamed=*/false, [=](int64_t, int64_t, int64_t slot) { return convolved(slot); },
       [=](int64_t n, int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; p += 2) {
           const int64_t out = (n * pool.P + p / 2) * pool.Q * s.K;

@@ -1,18 +1,10 @@
-// 3x3 stride-1 convolution by Winograd's minimal filtering F(4x4, 3x3): 36 multiplications a channel pair
-// for 16 outputs instead of 144 (Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", 2015).
-//
-// One dimension first. Four outputs of a 3-tap filter are y = A^T [(G g) . (B^T d)] with d the 6 inputs
-// (Toom & Cook: polynomials are multiplied by their values at 6 points and interpolated; transposed).
-// For the points p in 0, +-a, +-b and infinity, with m(x) = x (x^2 - a^2) (x^2 - b^2):
-//   row p of G      (1, p, p^2) / m'(p);          infinity: (0, 0, 1)
-//   row p of B^T    coefficients of m(x)/(x - p);  infinity: those of m(x)
-//   column p of A^T (1, p, p^2, p^3);              infinity: (0, 0, 0, 1)
-// a = 5/8 and b = 3/2 are exact in binary and give half the rounding error of the usual 1 and 2.
-// In two dimensions every transform is applied to the columns and then to the rows:
+// 3x3 stride-1 convolution by Winograd's minimal filtering (Lavin & Gray, "Fast Algorithms for Convolutional
+// Neural Networks", 2015): F(4x4, 3x3) takes 36 multiplications a channel pair for 16 outputs instead of 144,
+// F(6x6, 3x3) 64 for 36 instead of 324. winograd_transforms.h has the matrices and where they come from.
 //   forward          Y  = A^T [U . V] A,   U = G g G^T,  V = B^T X B
 //   backward         dM = A dY A^T,  dX = B [U . dM] B^T,  dg = G^T [sum over tiles of V . dM] G
 // (the exact adjoint; 6 x 6 inputs of neighbouring tiles overlap by 2, where dX is their sum). The products
-// over input channels, output channels or tiles are 36 matrix products each, one a component.
+// over input channels, output channels or tiles are 36 (or 64) matrix products each, one a component.
 //
 // A block of tiles is transformed, multiplied and transformed back while it lies in a core's L2 cache.
 // A number of the output depends on its tile alone, and every sum over tiles runs in their order:
@@ -26,6 +18,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>
+#include <type_traits>
 
 #include "operands.h"
 #include "phases.h"
@@ -35,144 +28,68 @@
 #include "sources.h"
 #include "tasks.h"
 #include "vector.h"
+#include "winograd_transforms.h"
 #include "workspace.h"
 
 namespace maskcore {
 
-inline constexpr int kOut = 4;                 // outputs of a tile, in each direction
-inline constexpr int kIn = 6;                  // inputs of a tile
-inline constexpr int kComponents = kIn * kIn;  // matrix products
+// F(6x6) is for the forward pass, of float32 operands, of so many channels at most: its rounding error is 4
+// times F(4x4)'s and grows with the root of the channels, to 2.7e-6 of the result (root mean square) here. It
+// takes 10 % less time in inference.
+inline constexpr int64_t kMostF6Channels = 64;
+
+/// MASKCORE_CONV, to compare the ways: empty, direct, winograd, or winograd4 and winograd6 with tiles of that
+/// size wherever they are offered.
+inline std::string_view wanted_way() {
+  const char* value = std::getenv("MASKCORE_CONV");
+  const std::string_view way = value == nullptr ? "" : value;
+  STD_TORCH_CHECK(
+      way.empty() || way == "direct" || way == "winograd" || way == "winograd4" || way == "winograd6",
+      "MASKCORE_CONV must be direct, winograd, winograd4 or winograd6, is ", value);
+  return way;
+}
+
+/// What the tiles of the first P x Q outputs cost, in multiply-adds: the products, and so many a tile and
+/// channel for the transforms, which are mostly loads and stores.
+template <class F>
+int64_t tile_operations(const ConvShape& s, int64_t P, int64_t Q, int64_t input, int64_t output) {
+  const int64_t C = ceil_div(s.C, kLanes) * kLanes, K = ceil_div(s.K, kLanes) * kLanes;
+  const int64_t tiles = s.N * ceil_div(P, F::kOut) * ceil_div(Q, F::kOut);
+  return tiles * (F::kComponents * s.C * K + input * C + output * K);
+}
 
 /// Whether Winograd is the faster way for a shape, by counting in multiply-adds: the direct convolution's 9
-/// an output and pair of channels, against a tile's 36, its transforms' and the filter's. The transforms'
-/// figures are times measured on Zen 3 (450 and 400 cycles a tile and vector of channels, at 2 multiply-adds
-/// a cycle and lane): they are mostly loads and stores. MASKCORE_CONV=direct|winograd overrides, to compare
-/// the two. The direct convolution has float32 operands whatever the precision: it is for small work.
+/// an output and pair of channels against the tiles' and the filters'. The transforms' figures are times
+/// measured on Zen 3: 450 and 400 cycles a tile and vector of channels, at 2 multiply-adds a cycle and lane.
+/// The direct convolution has float32 operands whatever the precision: it is for small work.
 inline bool use_winograd(const ConvShape& s) {
-  const char* wanted = std::getenv("MASKCORE_CONV");
-  if (wanted != nullptr && *wanted != '\0') {
-    const std::string_view name = wanted;
-    STD_TORCH_CHECK(name == "direct" || name == "winograd", "MASKCORE_CONV must be direct or winograd, is ",
-                    wanted);
-    if (s.N > 0) return name == "winograd";
-  }
-  constexpr int64_t kInputOperations = 900, kOutputOperations = 800, kFilterOperations = 100;
-  const int64_t C = ceil_div(s.C, kLanes) * kLanes, K = ceil_div(s.K, kLanes) * kLanes;
-  const int64_t tiles = s.N * ceil_div(s.P, kOut) * ceil_div(s.Q, kOut);
-  return tiles * (kComponents * s.C * K + kInputOperations * C + kOutputOperations * K) +
-             kFilterOperations * s.C * K <
+  const std::string_view way = wanted_way();
+  if (!way.empty() && s.N > 0) return way != "direct";
+  constexpr int64_t kFilterOperations = 100;
+  const int64_t K = ceil_div(s.K, kLanes) * kLanes;
+  return tile_operations<F4>(s, s.P, s.Q, 900, 800) + kFilterOperations * s.C * K <
          kTaps * s.C * K * s.N * s.P * s.Q;
 }
 
-// ---- transforms of one dimension -------------------------------------------------------------
-
-inline constexpr float kA = 0.625f, kB = 1.5f;
-inline constexpr float kA2 = kA * kA, kB2 = kB * kB;
-// 1 / m'(p) at 0, at +-a and at +-b
-inline constexpr float kNorm0 = 1 / (kA2 * kB2), kNormA = 1 / (2 * kA2 * (kA2 - kB2)),
-                       kNormB = 1 / (2 * kB2 * (kB2 - kA2));
-
-/// B^T: 6 inputs -> values at 0, a, -a, b, -b, infinity.
-inline void transform_input(const Vec (&d)[kIn], Vec (&v)[kIn]) {
-  const Vec even_a = d[4] - kB2 * d[2], odd_a = kA * (d[3] - kB2 * d[1]);
-  const Vec even_b = d[4] - kA2 * d[2], odd_b = kB * (d[3] - kA2 * d[1]);
-  v[0] = kA2 * kB2 * d[0] + (d[4] - (kA2 + kB2) * d[2]);
-  v[1] = even_a + odd_a;
-  v[2] = even_a - odd_a;
-  v[3] = even_b + odd_b;
-  v[4] = even_b - odd_b;
-  v[5] = kA2 * kB2 * d[1] + (d[5] - (kA2 + kB2) * d[3]);
-}
-
-/// B: the adjoint of transform_input.
-inline void transform_input_gradient(const Vec (&v)[kIn], Vec (&d)[kIn]) {
-  const Vec sum_a = v[1] + v[2], difference_a = kA * (v[1] - v[2]);
-  const Vec sum_b = v[3] + v[4], difference_b = kB * (v[3] - v[4]);
-  d[0] = kA2 * kB2 * v[0];
-  d[1] = kA2 * kB2 * v[5] - (kB2 * difference_a + kA2 * difference_b);
-  d[2] = -(kA2 + kB2) * v[0] - (kB2 * sum_a + kA2 * sum_b);
-  d[3] = (difference_a + difference_b) - (kA2 + kB2) * v[5];
-  d[4] = v[0] + (sum_a + sum_b);
-  d[5] = v[5];
-}
-
-/// A^T: products -> 4 outputs.
-inline void transform_output(const Vec (&m)[kIn], Vec (&y)[kOut]) {
-  const Vec sum_a = m[1] + m[2], difference_a = m[1] - m[2];
-  const Vec sum_b = m[3] + m[4], difference_b = m[3] - m[4];
-  y[0] = m[0] + (sum_a + sum_b);
-  y[1] = kA * difference_a + kB * difference_b;
-  y[2] = kA2 * sum_a + kB2 * sum_b;
-  y[3] = kA2 * kA * difference_a + (kB2 * kB * difference_b + m[5]);
-}
-
-/// A: the adjoint of transform_output.
-inline void transform_gradient(const Vec (&y)[kOut], Vec (&m)[kIn]) {
-  const Vec even_a = y[0] + kA2 * y[2], odd_a = kA * (y[1] + kA2 * y[3]);
-  const Vec even_b = y[0] + kB2 * y[2], odd_b = kB * (y[1] + kB2 * y[3]);
-  m[0] = y[0];
-  m[1] = even_a + odd_a;
-  m[2] = even_a - odd_a;
-  m[3] = even_b + odd_b;
-  m[4] = even_b - odd_b;
-  m[5] = y[3];
-}
-
-/// G: 3 taps -> their values at the points.
-inline void transform_filter(const Vec (&g)[3], Vec (&u)[kIn]) {
-  const Vec even_a = kNormA * (g[0] + kA2 * g[2]), odd_a = kNormA * kA * g[1];
-  const Vec even_b = kNormB * (g[0] + kB2 * g[2]), odd_b = kNormB * kB * g[1];
-  u[0] = kNorm0 * g[0];
-  u[1] = even_a + odd_a;
-  u[2] = even_a - odd_a;
-  u[3] = even_b + odd_b;
-  u[4] = even_b - odd_b;
-  u[5] = g[2];
-}
-
-/// G^T: the adjoint of transform_filter.
-inline void transform_filter_gradient(const Vec (&u)[kIn], Vec (&g)[3]) {
-  const Vec even_a = kNormA * (u[1] + u[2]), odd_a = kNormA * (u[1] - u[2]);
-  const Vec even_b = kNormB * (u[3] + u[4]), odd_b = kNormB * (u[3] - u[4]);
-  g[0] = kNorm0 * u[0] + (even_a + even_b);
-  g[1] = kA * odd_a + kB * odd_b;
-  g[2] = kA2 * even_a + (kB2 * even_b + u[5]);
-}
-
-/// T applied to the columns and then to the rows of a From x From square:
-/// load(i, j) -> Vec gives its elements, save(i, j, Vec) takes those of the To x To result.
-template <int From, int To, class Load, class Save>
-inline MASKCORE_INLINE void transform_square(void (&transform)(const Vec (&)[From], Vec (&)[To]),
-                                             const Load& load, const Save& save) {
-  Vec half[To][From];
-#pragma GCC unroll 6
-  for (int j = 0; j < From; ++j) {
-    Vec column[From], transformed[To];
-#pragma GCC unroll 6
-    for (int i = 0; i < From; ++i) column[i] = load(i, j);
-    transform(column, transformed);
-#pragma GCC unroll 6
-    for (int i = 0; i < To; ++i) half[i][j] = transformed[i];
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < To; ++i) {
-    Vec row[To];
-    transform(half[i], row);
-#pragma GCC unroll 6
-    for (int j = 0; j < To; ++j) save(i, j, row[j]);
-  }
+/// Whether the forward pass has tiles of 6x6 outputs. The transforms' figures are cycles a tile and vector,
+/// measured on Zen 4, which does one multiply-add a cycle and lane: its larger vectors gain least by them.
+inline bool use_f6(const ConvShape& s, int64_t P, int64_t Q) {
+  const std::string_view way = wanted_way();
+  if (s.C > kMostF6Channels || way == "winograd4") return false;
+  return way == "winograd6" ||
+         tile_operations<F6>(s, P, Q, 580, 650) < tile_operations<F4>(s, P, Q, 250, 220);
 }
 
 // ---- filters ---------------------------------------------------------------------------------
 
-// A filter's 36 components lie in 36 places, and so do the filters of a panel: their lines are asked for so
-// many rows before they are needed.
+// A filter's components lie in as many places, and so do the filters of a panel: their lines are asked for so
+// many rows before they are needed. 256 to 256 channels that lie in no cache take 0.5 instead of 2.2 ms.
 inline constexpr int64_t kFilterRowsAhead = 2;
 
-/// The filters G g G^T as the products read them: [36][panel of columns][row / D][kTileColumns][D] with the D
-/// = kDepth of the operands, zero-padded in the columns and in the last D rows. A component begins off the
-/// cache sets of the one before: all 36 of a filter are written at once. Forward the rows are input channels
-/// and the columns output channels; backward they are exchanged.
+/// The filters G g G^T as the products read them: [component][panel of columns][row / D][kTileColumns][D]
+/// with the D = kDepth of the operands, zero-padded in the columns and in the last D rows. A component begins
+/// off the cache sets of the one before: all of a filter are written at once. Forward the rows are input
+/// channels and the columns output channels; backward they are exchanged.
 struct FilterShape {
   int64_t rows, columns;
   int64_t row_stride, column_stride;  // in the weight, floats
@@ -190,7 +107,10 @@ struct FilterShape {
   }
   /// Floats that the components of any instruction set (vector.h) and precision fit in: the widest has 32
   /// columns.
-  int64_t widest_floats() const { return kComponents * (rows * ceil_div(columns, 32) + 1) * 32; }
+  template <class F>
+  int64_t widest_floats() const {
+    return F::kComponents * (rows * ceil_div(columns, 32) + 1) * 32;
+  }
 
   static FilterShape forward(int64_t K, int64_t C) {
     return {.rows = C, .columns = K, .row_stride = kTaps, .column_stride = C * kTaps};
@@ -200,7 +120,7 @@ struct FilterShape {
   }
 };
 
-template <class Operands>
+template <class Operands, class F>
 void transform_filters(const float* weight, const FilterShape& f, typename Operands::Element* out) {
   constexpr int64_t kDepth = Operands::kDepth;
   const int64_t groups = ceil_div(f.rows, kDepth), component = f.component_size<Operands>();
@@ -217,10 +137,10 @@ void transform_filters(const float* weight, const FilterShape& f, typename Opera
           for (int64_t tap = 0; tap < kTaps; ++tap) taps[tap][j] = g[j * f.column_stride + tap];
         }
         for (int j = 0; j < kTileColumns; j += kLanes) {
-          transform_square<3, kIn>(
+          transform_square<3, F::kIn>(
               transform_filter, [&](int r, int t) { return load(taps[3 * r + t] + j); },
               [&](int r, int t, Vec u) {
-                auto* to = out + (kIn * r + t) * component + (i * kTileColumns + j) * kDepth;
+                auto* to = out + (F::kIn * r + t) * component + (i * kTileColumns + j) * kDepth;
                 __builtin_prefetch(to + kFilterRowsAhead * kTileColumns * kDepth, /*rw=*/1);
                 Operands::save_term(to, row - first_row, u);
               });
@@ -232,10 +152,11 @@ void transform_filters(const float* weight, const FilterShape& f, typename Opera
 }
 
 /// In scratch memory.
-template <class Operands>
+template <class Operands, class F>
 const typename Operands::Element* transform_filters(const float* weight, const FilterShape& f) {
-  auto* out = reinterpret_cast<typename Operands::Element*>(workspace(Purpose::kFilter, f.widest_floats()));
-  transform_filters<Operands>(weight, f, out);
+  float* const memory = workspace(Purpose::kFilter, f.widest_floats<F>());
+  auto* out = reinterpret_cast<typename Operands::Element*>(memory);
+  transform_filters<Operands, F>(weight, f, out);
   return out;
 }
 
@@ -243,33 +164,66 @@ const typename Operands::Element* transform_filters(const float* weight, const F
 
 struct Tile {
   int64_t n, p, q;        // image, first output row and column
-  int64_t height, width;  // outputs inside the image, 1..4
-  bool whole() const { return height == kOut && width == kOut; }
+  int64_t height, width;  // outputs inside the image, 1..m
 };
 
-/// The 4x4 tiles that cover the first P x Q outputs of N images, numbered image by image, row by row.
+/// The tiles that cover the first P x Q outputs of N images, numbered image by image, row by row.
+template <class F>
 struct TileGrid {
   int64_t N, P, Q;
-  int64_t rows = ceil_div(P, kOut);
-  int64_t columns = ceil_div(Q, kOut);
+  int64_t rows = ceil_div(P, F::kOut);
+  int64_t columns = ceil_div(Q, F::kOut);
   int64_t tiles = N * rows * columns;
 
-  int64_t number(const Tile& tile) const { return (tile.n * rows + tile.p / kOut) * columns + tile.q / kOut; }
+  int64_t number(const Tile& tile) const {
+    return (tile.n * rows + tile.p / F::kOut) * columns + tile.q / F::kOut;
+  }
 };
 
-/// f(Tile, its number - begin) for the tiles [begin, end).
-template <class F>
-void for_each_grid_tile(const TileGrid& grid, int64_t begin, int64_t end, const F& f) {
+/// call.operator()<Operands, F>(TileGrid<F>) with the operands of a precision, and with the tiles that cover
+/// the first P x Q outputs in least time.
+template <class Call>
+void with_tiles(const ConvShape& s, int64_t P, int64_t Q, Precision precision, const Call& call) {
+  with_operands(precision, [&]<class Operands>() {
+    if constexpr (std::is_same_v<Operands, Float32>) {
+      if (use_f6(s, P, Q)) {
+        call.template operator()<Operands>(TileGrid<F6>{.N = s.N, .P = P, .Q = Q});
+        return;
+      }
+    }
+    call.template operator()<Operands>(TileGrid<F4>{.N = s.N, .P = P, .Q = Q});
+  });
+}
+
+/// visit(i, j) for the outputs of a tile in steps of kStep whole ones; of a whole tile without loops.
+template <int kOut, int kStep = 1, class Visit>
+inline MASKCORE_INLINE void for_each_output(const Tile& tile, const Visit& visit) {
+  if (tile.height == kOut && tile.width == kOut) {
+#pragma GCC unroll 6
+    for (int i = 0; i < kOut / kStep; ++i) {
+#pragma GCC unroll 6
+      for (int j = 0; j < kOut / kStep; ++j) visit(i, j);
+    }
+  } else {
+    for (int64_t i = 0; i < tile.height / kStep; ++i) {
+      for (int64_t j = 0; j < tile.width / kStep; ++j) visit(i, j);
+    }
+  }
+}
+
+/// visit(Tile, its number - begin) for the tiles [begin, end).
+template <class F, class Visit>
+void for_each_grid_tile(const TileGrid<F>& grid, int64_t begin, int64_t end, const Visit& visit) {
   int64_t column = begin % grid.columns, row = begin / grid.columns % grid.rows,
           n = begin / grid.columns / grid.rows;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t p = row * kOut, q = column * kOut;
-    f(Tile{.n = n,
-           .p = p,
-           .q = q,
-           .height = std::min<int64_t>(kOut, grid.P - p),
-           .width = std::min<int64_t>(kOut, grid.Q - q)},
-      i - begin);
+    const int64_t p = row * F::kOut, q = column * F::kOut;
+    visit(Tile{.n = n,
+               .p = p,
+               .q = q,
+               .height = std::min<int64_t>(F::kOut, grid.P - p),
+               .width = std::min<int64_t>(F::kOut, grid.Q - q)},
+          i - begin);
     if (++column == grid.columns) {
       column = 0;
       if (++row == grid.rows) {
@@ -282,17 +236,17 @@ void for_each_grid_tile(const TileGrid& grid, int64_t begin, int64_t end, const 
 
 /// Notes the pixels of `source` that the tiles [begin, end) read: `size` x `size` each, a tile's first at
 /// (p - margin, q - margin).
-template <class Source>
-void add_reads(const Source& source, const TileGrid& grid, int64_t begin, int64_t end, int64_t size,
+template <class Source, class F>
+void add_reads(const Source& source, const TileGrid<F>& grid, int64_t begin, int64_t end, int64_t size,
                int64_t margin, ReadAhead& ahead) {
   while (begin < end) {
     const int64_t column = begin % grid.columns, row = begin / grid.columns % grid.rows,
                   n = begin / grid.columns / grid.rows;
     const int64_t tiles = std::min(end - begin, grid.columns - column);
-    const int64_t w = std::max<int64_t>(0, column * kOut - margin);
-    const int64_t pixels = std::min(source.W, column * kOut - margin + (tiles - 1) * kOut + size) - w;
+    const int64_t w = std::max<int64_t>(0, column * F::kOut - margin);
+    const int64_t pixels = std::min(source.W, column * F::kOut - margin + (tiles - 1) * F::kOut + size) - w;
     for (int64_t i = 0; i < size; ++i) {
-      const int64_t h = row * kOut - margin + i;
+      const int64_t h = row * F::kOut - margin + i;
       if (h < 0 || h >= source.H || pixels <= 0) continue;
       source.for_each_run(n, h, w, pixels, [&](const float* run, int64_t floats) { ahead.add(run, floats); });
     }
@@ -302,6 +256,7 @@ void add_reads(const Source& source, const TileGrid& grid, int64_t begin, int64_
 
 /// The components of up to `capacity` tiles, each with room for [panel of channels][tile][kTileColumns]
 /// floats: the results of products, or operands, which begin their panels and may be shorter.
+template <class F>
 struct TilePanels {
   int64_t channels, capacity;
   int64_t panels = ceil_div(channels, kTileColumns);
@@ -310,7 +265,7 @@ struct TilePanels {
   float* data = nullptr;
 
   TilePanels(Purpose purpose, int64_t channels, int64_t capacity) : channels(channels), capacity(capacity) {
-    data = workspace(purpose, kComponents * component_floats);
+    data = workspace(purpose, F::kComponents * component_floats);
   }
   float* at(int64_t component, int64_t panel, int64_t tile) const {
     return data + component * component_floats + panel * panel_floats + tile * kTileColumns;
@@ -329,12 +284,13 @@ struct TilePanels {
 template <class Operands, SumOver kSum>
 class OperandTile {
  public:
-  OperandTile(const TilePanels& panels, int64_t tile, int64_t c) : term_(tile % Operands::kDepth) {
+  template <class F>
+  OperandTile(const TilePanels<F>& panels, int64_t tile, int64_t c) : term_(tile % Operands::kDepth) {
     constexpr int64_t kDepth = Operands::kDepth;
     const int64_t panel = c / kTileColumns, column = c % kTileColumns;
     out_ = kSum == SumOver::kChannels
-               ? panels.operands<Operands>(0, panel, tile) + column
-               : panels.operands<Operands>(0, panel, tile / kDepth * kDepth) + column * kDepth;
+               ? panels.template operands<Operands>(0, panel, tile) + column
+               : panels.template operands<Operands>(0, panel, tile / kDepth * kDepth) + column * kDepth;
     component_ = panels.component_floats * static_cast<int64_t>(sizeof(float) / sizeof(*out_));
   }
   void save(int component, Vec v) const {
@@ -351,8 +307,10 @@ class OperandTile {
 };
 
 /// V of one tile, whose first input is at (h, w), which may be in the margin of zeros.
-template <class Operands, SumOver kSum, class Source>
-void load_input_tile(const Source& source, int64_t n, int64_t h, int64_t w, const TilePanels& v, int64_t at) {
+template <class Operands, SumOver kSum, class Source, class F>
+void load_input_tile(const Source& source, int64_t n, int64_t h, int64_t w, const TilePanels<F>& v,
+                     int64_t at) {
+  constexpr int kIn = F::kIn;
   const bool inside = h >= 0 && w >= 0 && h + kIn <= source.H && w + kIn <= source.W;
   const auto transform = [&](const auto& load) {
     for_each_vector(source.C, [&](int64_t c, auto lanes) {
@@ -364,7 +322,7 @@ void load_input_tile(const Source& source, int64_t n, int64_t h, int64_t w, cons
   };
   if (inside) {
     transform([&](int64_t y, int64_t x, int64_t c, auto lanes) {
-      if (x >= w + kIn - kOut) source.prefetch(n, y, x + kOut, c);  // what the tile to the right adds
+      if (x >= w + kIn - F::kOut) source.prefetch(n, y, x + F::kOut, c);  // what the tile to the right adds
       return source.load(n, y, x, c, lanes);
     });
   } else {
@@ -374,47 +332,16 @@ void load_input_tile(const Source& source, int64_t n, int64_t h, int64_t w, cons
   }
 }
 
-/// dM of one tile of the gradient; sum[c] += the gradient of the tile's outputs.
-template <class Operands, class Gradient>
-void load_gradient_tile(const Gradient& gradient, const Tile& tile, const TilePanels& m, int64_t at,
-                        float* sum) {
-  for_each_vector(gradient.C, [&](int64_t c, auto lanes) {
-    const OperandTile<Operands, SumOver::kChannels> out(m, at, c);
-    Vec g[kOut][kOut];
-    if (tile.whole()) {
-      for (int i = 0; i < kOut; ++i) {
-        for (int j = 0; j < kOut; ++j) gradient.prefetch(tile.n, tile.p + i, tile.q + kOut + j, c);
-      }
-      load_square(gradient, tile.n, tile.p, tile.q, c, lanes, g);
-    } else {
-      for (int i = 0; i < kOut; ++i) {
-        for (int j = 0; j < kOut; ++j) {
-          const bool inside = i < tile.height && j < tile.width;
-          g[i][j] = inside ? gradient.load(tile.n, tile.p + i, tile.q + j, c, lanes) : Vec{};
-        }
-      }
-    }
-    Vec total = load(sum + c, lanes);
-    transform_square<kOut, kIn>(
-        transform_gradient,
-        [&](int i, int j) {
-          total += g[i][j];
-          return g[i][j];
-        },
-        [&](int i, int j, Vec value) { out.save(kIn * i + j, value); });
-    store(sum + c, total, lanes);
-  });
-}
-
 // ---- forward ---------------------------------------------------------------------------------
 
-// V and M of a block of tiles lie in L2 together: 36 * 4 * (C + kOutputChannels) bytes a tile.
+// V and M of a block of tiles lie in L2 together: 36 or 64 times 4 * (C + kOutputChannels) bytes a tile.
 inline constexpr int64_t kBlockBytes = 448 * 1024;
 inline constexpr int64_t kOutputChannels = 64;
 
 /// The number of blocks that the tiles are cut into; it depends on the shape alone, as block sums must.
-inline int64_t block_count(const TileGrid& grid, int64_t C, int64_t K) {
-  const int64_t tile_bytes = kComponents * 4 * (C + std::min(K, kOutputChannels));
+template <class F>
+int64_t block_count(const TileGrid<F>& grid, int64_t C, int64_t K) {
+  const int64_t tile_bytes = F::kComponents * 4 * (C + std::min(K, kOutputChannels));
   const int64_t wanted = std::clamp<int64_t>(kBlockBytes / tile_bytes / kTileRows, 1, 8) * kTileRows;
   const int64_t blocks = ceil_div(grid.tiles, wanted);
   return std::min(grid.tiles, blocks + blocks % 2);  // even, for two cores
@@ -446,39 +373,40 @@ void multiply_tile(const typename Operands::Element* v, int64_t v_panel, const t
 }
 
 /// The panels [first, last) of U (of `panels`) times one component of v: those of m from 0 on.
-template <class Operands>
-void multiply_component(int64_t component, const TilePanels& v, const FilterShape& f,
+template <class Operands, class F>
+void multiply_component(int64_t component, const TilePanels<F>& v, const FilterShape& f,
                         const typename Operands::Element* filter, int64_t first, int64_t last, int64_t tiles,
-                        const TilePanels& m, ReadAhead& ahead) {
+                        const TilePanels<F>& m, ReadAhead& ahead) {
   constexpr int64_t kElements = sizeof(float) / sizeof(typename Operands::Element);  // in a float's place
   for (int64_t panel = first; panel < last; ++panel) {
     const auto* u = filter + component * f.component_size<Operands>() + panel * f.panel_size<Operands>();
     for_each_tile(tiles, [&]<int M>(int64_t i) {
-      multiply_tile<Operands, M>(v.operands<Operands>(component, 0, i), v.panel_floats * kElements, u,
-                                 v.channels, m.at(component, panel - first, i), ahead);
+      multiply_tile<Operands, M>(v.template operands<Operands>(component, 0, i), v.panel_floats * kElements,
+                                 u, v.channels, m.at(component, panel - first, i), ahead);
     });
   }
 }
 
 /// How often the products of a block call ReadAhead::chunk().
-inline int64_t chunk_calls(const FilterShape& f, int64_t tiles) {
-  return kComponents * f.panels * ceil_div(tiles, kTileRows) * ceil_div(f.rows, kTileColumns);
+template <class F>
+int64_t chunk_calls(const FilterShape& f, int64_t tiles) {
+  return F::kComponents * f.panels * ceil_div(tiles, kTileRows) * ceil_div(f.rows, kTileColumns);
 }
 
 /// Computes the outputs of `grid`, the first rows and columns of the whole output.
 ///   source  the unpadded input
-///   filter  transform_filters<Operands>(...)
-///   sink    sink.save(block, tile, k, lanes, y): takes the 4x4 outputs of channels [k, k + lanes);
+///   filter  transform_filters<Operands, F>(...)
+///   sink    sink.save(block, tile, k, lanes, y): takes the m x m outputs of channels [k, k + lanes);
 ///           what is beyond the tile's height and width is meaningless
-template <class Operands, class Source, class Sink>
-void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& source,
+template <class Operands, class F, class Source, class Sink>
+void convolve_winograd(const ConvShape& s, const TileGrid<F>& grid, const Source& source,
                        const typename Operands::Element* filter, const Sink& sink) {
   const int64_t blocks = block_count(grid, s.C, s.K), block_tiles = ceil_div(grid.tiles, blocks);
   const FilterShape f = FilterShape::forward(s.K, s.C);
   const int64_t pass_panels = std::min<int64_t>(f.panels, kOutputChannels / kTileColumns);
   share(blocks, [&](const auto& take) {
-    const TilePanels v(Purpose::kInputPanel, s.C, block_tiles);
-    const TilePanels m(Purpose::kConvolved, pass_panels * kTileColumns, block_tiles);
+    const TilePanels<F> v(Purpose::kInputPanel, s.C, block_tiles);
+    const TilePanels<F> m(Purpose::kConvolved, pass_panels * kTileColumns, block_tiles);
     Source held = source;
     ReadAhead ahead;
     PhaseClock clock;
@@ -487,28 +415,28 @@ void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& s
       next = take();
       const int64_t begin = first_tile(block), end = first_tile(block + 1);
       ahead.clear();
-      add_reads(source, grid, first_tile(next), first_tile(next + 1), kIn, s.padding, ahead);
-      ahead.spread(chunk_calls(f, end - begin));
+      add_reads(source, grid, first_tile(next), first_tile(next + 1), F::kIn, s.padding, ahead);
+      ahead.spread(chunk_calls<F>(f, end - begin));
       for_each_grid_tile(grid, begin, end, [&](const Tile& tile, int64_t i) {
         const int64_t h = tile.p - s.padding, w = tile.q - s.padding;
-        if (i == 0 || tile.q == 0) held.hold(tile.n, h, h + kIn);
+        if (i == 0 || tile.q == 0) held.hold(tile.n, h, h + F::kIn);
         load_input_tile<Operands, SumOver::kChannels>(held, tile.n, h, w, v, i);
       });
       clock.end(Phase::kInputTransform);
       for (int64_t first = 0; first < f.panels; first += pass_panels) {
         const int64_t last = std::min(f.panels, first + pass_panels);
-        for (int64_t component = 0; component < kComponents; ++component) {
+        for (int64_t component = 0; component < F::kComponents; ++component) {
           multiply_component<Operands>(component, v, f, filter, first, last, end - begin, m, ahead);
         }
         clock.end(Phase::kProducts);
         const int64_t k = first * kTileColumns, channels = std::min(s.K - k, m.channels);
         for_each_grid_tile(grid, begin, end, [&](const Tile& tile, int64_t i) {
           for_each_vector(channels, [&](int64_t pass_k, auto lanes) {
-            Vec y[kOut][kOut];
+            Vec y[F::kOut][F::kOut];
             const float* products = m.channel(i, pass_k);
-            transform_square<kIn, kOut>(
+            transform_square<F::kIn, F::kOut>(
                 transform_output,
-                [&](int r, int t) { return load(products + (kIn * r + t) * m.component_floats); },
+                [&](int r, int t) { return load(products + (F::kIn * r + t) * m.component_floats); },
                 [&](int r, int t, Vec value) { y[r][t] = value; });
             sink.save(block, tile, k + pass_k, lanes, y);
           });
@@ -520,12 +448,6 @@ void convolve_winograd(const ConvShape& s, const TileGrid& grid, const Source& s
   });
 }
 
-/// Whether the vectors of a tensor [..,channels] of so many floats are better written past the caches: it is
-/// too large to stay in them, and every vector is whole and aligned.
-inline bool streams(const float* x, int64_t channels, int64_t floats) {
-  return floats >= kStreamedFloats && channels % kLanes == 0 && can_stream(x);
-}
-
 /// y = the convolution plus bias [K], through ReLU if kRelu.
 template <bool kRelu>
 struct StoreOutput {
@@ -534,24 +456,25 @@ struct StoreOutput {
   const float* bias;
   bool streamed = streams(y, K, N * P * Q * K);
 
-  template <class Lanes>
+  template <class Lanes, int kOut>
   void save(int64_t, const Tile& tile, int64_t k, Lanes lanes, const Vec (&y_tile)[kOut][kOut]) const {
     const Vec b = load(bias + k, lanes);
     float* out = y + ((tile.n * P + tile.p) * Q + tile.q) * K + k;
-    for (int64_t i = 0; i < tile.height; ++i) {
-      for (int64_t j = 0; j < tile.width; ++j) {
-        const Vec sum = y_tile[i][j] + b, v = kRelu ? relu(sum) : sum;
-        if (streamed) {
-          stream(out + (i * Q + j) * K, v);
-        } else {
-          store(out + (i * Q + j) * K, v, lanes);
-        }
+    for_each_output<kOut>(tile, [&](int64_t i, int64_t j) {
+      const Vec sum = y_tile[i][j] + b, v = kRelu ? relu(sum) : sum;
+      if (streamed) {
+        stream(out + (i * Q + j) * K, v);
+      } else {
+        store(out + (i * Q + j) * K, v, lanes);
       }
-    }
+    });
   }
 };
 
 // ---- backward --------------------------------------------------------------------------------
+
+// All of it is F(4x4, 3x3).
+inline constexpr int kOut = F4::kOut, kIn = F4::kIn, kComponents = F4::kComponents;
 
 // Two ways to share the work out. Where dU is small, the rows of tiles are cut into pieces, each with a dU of
 // its own; a piece works on blocks of tiles whose V and dM lie in L2. Where dU is large, all cores transform
@@ -588,8 +511,8 @@ void multiply_weight_tile(const typename Operands::Element* v, const typename Op
 
 /// dU of one component: [panel of K][C][kTileColumns] (+)= the sums over tiles.
 template <class Operands>
-void multiply_weight_component(int64_t component, const TilePanels& v, const TilePanels& m, int64_t tiles,
-                               bool add, float* du) {
+void multiply_weight_component(int64_t component, const TilePanels<F4>& v, const TilePanels<F4>& m,
+                               int64_t tiles, bool add, float* du) {
   for (int64_t panel = 0; panel < m.panels; ++panel, du += v.channels * kTileColumns) {
     for (int64_t tile = 0; tile < tiles; tile += kSumTiles) {
       const int64_t count = std::min(kSumTiles, tiles - tile);
@@ -606,10 +529,42 @@ void multiply_weight_component(int64_t component, const TilePanels& v, const Til
   }
 }
 
+/// dM of one tile of the gradient; sum[c] += the gradient of the tile's outputs.
+template <class Operands, class Gradient>
+void load_gradient_tile(const Gradient& gradient, const Tile& tile, const TilePanels<F4>& m, int64_t at,
+                        float* sum) {
+  for_each_vector(gradient.C, [&](int64_t c, auto lanes) {
+    const OperandTile<Operands, SumOver::kChannels> out(m, at, c);
+    Vec g[kOut][kOut];
+    if (tile.height == kOut && tile.width == kOut) {
+      for (int i = 0; i < kOut; ++i) {
+        for (int j = 0; j < kOut; ++j) gradient.prefetch(tile.n, tile.p + i, tile.q + kOut + j, c);
+      }
+      load_square(gradient, tile.n, tile.p, tile.q, c, lanes, g);
+    } else {
+      for (int i = 0; i < kOut; ++i) {
+        for (int j = 0; j < kOut; ++j) {
+          const bool inside = i < tile.height && j < tile.width;
+          g[i][j] = inside ? gradient.load(tile.n, tile.p + i, tile.q + j, c, lanes) : Vec{};
+        }
+      }
+    }
+    Vec total = load(sum + c, lanes);
+    transform_square<kOut, kIn>(
+        transform_gradient,
+        [&](int i, int j) {
+          total += g[i][j];
+          return g[i][j];
+        },
+        [&](int i, int j, Vec value) { out.save(kIn * i + j, value); });
+    store(sum + c, total, lanes);
+  });
+}
+
 /// dX of a tile of V's place, B dV B^T: save(i, j, d, c, lanes) takes input (i, j) of the channels
 /// [begin, end), c and lanes as for_each_vector gives them.
 template <class Save>
-void save_gradient_tile(const TilePanels& v, int64_t at, int64_t begin, int64_t end, const Save& save) {
+void save_gradient_tile(const TilePanels<F4>& v, int64_t at, int64_t begin, int64_t end, const Save& save) {
   for_each_vector(end - begin, [&](int64_t i, auto lanes) {
     const int64_t c = begin + i;
     const float* products = v.channel(at, c);
@@ -625,7 +580,7 @@ void save_gradient_tile(const TilePanels& v, int64_t at, int64_t begin, int64_t 
 ///   row(h)  row h of dX, called for rows that exist
 ///   kFar    the rows lie in memory: what the tile to the right will add to is fetched
 template <bool kFar, class Row>
-void add_gradient_tile(const TilePanels& v, int64_t at, const Tile& tile, const ConvShape& s, bool above,
+void add_gradient_tile(const TilePanels<F4>& v, int64_t at, const Tile& tile, const ConvShape& s, bool above,
                        int64_t begin, int64_t end, const Row& row) {
   constexpr int kShared = kIn - kOut;  // rows and columns that neighbours share
   const int64_t h = tile.p - s.padding, w = tile.q - s.padding;
@@ -730,7 +685,7 @@ class WinogradBackward {
   WinogradBackward(const ConvShape& s, const Input& input, const Gradient& gradient, const float* weight,
                    const Sink& sink)
       : s_(s), input_(input), gradient_(gradient), sink_(sink) {
-    if (sink.wanted()) filter_ = transform_filters<Operands>(weight, filter_shape_);
+    if (sink.wanted()) filter_ = transform_filters<Operands, F4>(weight, filter_shape_);
   }
 
   /// dw [K,C,3,3]; db [K] if it is not null.
@@ -767,7 +722,7 @@ class WinogradBackward {
   }
 
   /// V and dM of the tiles [begin, end), from tile `at` of v and m on.
-  void transform(Input& input, int64_t begin, int64_t end, const TilePanels& v, const TilePanels& m,
+  void transform(Input& input, int64_t begin, int64_t end, const TilePanels<F4>& v, const TilePanels<F4>& m,
                  int64_t at, float* sum) const {
     for_each_grid_tile(grid_, begin, end, [&](const Tile& tile, int64_t i) {
       const int64_t h = tile.p - s_.padding, w = tile.q - s_.padding;
@@ -778,7 +733,7 @@ class WinogradBackward {
   }
 
   /// One component's dU (+)= V dM, then its dV, in the place of V, which is not needed any more.
-  void multiply(int64_t component, const TilePanels& v, const TilePanels& m, int64_t tiles, bool add,
+  void multiply(int64_t component, const TilePanels<F4>& v, const TilePanels<F4>& m, int64_t tiles, bool add,
                 float* du, ReadAhead& ahead) const {
     multiply_weight_component<Operands>(component, v, m, tiles, add,
                                         du + component * (du_floats_ / kComponents));
@@ -800,7 +755,7 @@ class WinogradBackward {
     float* shared =
         workspace(Purpose::kRows, filter_ == nullptr ? 0 : 2 * pieces * shared_floats + kTileColumns);
     share(pieces, [&](const auto& take) {
-      const TilePanels v(Purpose::kInputPanel, s_.C, block), m(Purpose::kGradientPanel, s_.K, block);
+      const TilePanels<F4> v(Purpose::kInputPanel, s_.C, block), m(Purpose::kGradientPanel, s_.K, block);
       const int64_t ring_floats = filter_ == nullptr ? 0 : GradientRows::kRows * row_floats + kTileColumns;
       const GradientRows rows{.rows = workspace(Purpose::kGradientRows, ring_floats), .floats = row_floats};
       Input input = input_;
@@ -818,7 +773,7 @@ class WinogradBackward {
             const int64_t next_last = std::min(end * columns, last + (last - first));
             add_reads(input_, grid_, last, next_last, kIn, s_.padding, ahead);
             add_reads(gradient_, grid_, last, next_last, kOut, 0, ahead);
-            ahead.spread(chunk_calls(filter_shape_, last - first));
+            ahead.spread(chunk_calls<F4>(filter_shape_, last - first));
             transform(input, first, last, v, m, 0, partial_db_ + piece * s_.K);
             clock.end(Phase::kInputTransform);
             for (int64_t component = 0; component < kComponents; ++component) {
@@ -880,7 +835,7 @@ class WinogradBackward {
 
   void run_batches() const {
     const int64_t batch = tiles_in(kBatchBytes, 4), image_tiles = grid_.rows * grid_.columns;
-    const TilePanels v(Purpose::kInputPanel, s_.C, batch), m(Purpose::kGradientPanel, s_.K, batch);
+    const TilePanels<F4> v(Purpose::kInputPanel, s_.C, batch), m(Purpose::kGradientPanel, s_.K, batch);
     for (int64_t first = 0; first < grid_.tiles; first += batch) {
       const int64_t last = std::min(grid_.tiles, first + batch);
       in_parallel(ceil_div(last - first, kGroupTiles), Phase::kInputTransform, [&](int64_t task) {
@@ -918,7 +873,7 @@ class WinogradBackward {
   }
 
   const ConvShape s_;
-  const TileGrid grid_{.N = s_.N, .P = s_.P, .Q = s_.Q};
+  const TileGrid<F4> grid_{.N = s_.N, .P = s_.P, .Q = s_.Q};
   const int64_t du_floats_ = filter_gradient_floats(s_);
   const Input input_;
   const Gradient gradient_;

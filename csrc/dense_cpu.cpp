@@ -121,7 +121,7 @@ inline MASKCORE_INLINE void dense_backward_step(const DenseShape& s, const float
 template <int N>
 void dense_backward_small(const DenseShape& s, const float* g, const float* x, const float* w, float* dx,
                           float* dw) {
-  const bool streamed = s.C % kLanes == 0 && can_stream(dw) && s.K * s.C >= kStreamedFloats;
+  const bool streamed = streams(dw, s.C, s.K * s.C);
   const int64_t blocks = ceil_div(s.C, kBlockColumns);
   const int64_t grain = std::max<int64_t>(1, kGrainOperations / (N * s.K * kBlockColumns));
   torch::stable::parallel_for(0, blocks, grain, [=](int64_t first, int64_t last) {

@@ -58,8 +58,12 @@ inline void store(float* p, Vec v, int64_t lanes) {
 
 /// Tensors of so many floats are streamed: 8 MiB, more than a core's share of the last cache as a rule.
 inline constexpr int64_t kStreamedFloats = 2 * 1024 * 1024;
-/// Whether stream() may be used from p on.
-inline bool can_stream(const float* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
+/// Whether the vectors of a tensor [..,channels] of so many floats are better written past the caches: it is
+/// too large to stay in them, and every vector is whole and aligned.
+inline bool streams(const float* x, int64_t channels, int64_t floats) {
+  return floats >= kStreamedFloats && channels % kLanes == 0 &&
+         reinterpret_cast<uintptr_t>(x) % kVectorBytes == 0;
+}
 /// Past the caches, for what is read again only when it would have left them: the line is not fetched first.
 /// stream_fence() before another thread reads it.
 inline void stream(float* p, Vec v) {

@@ -54,8 +54,8 @@ def load() -> str:
     """Loads the kernels once and returns the instruction set they were compiled for."""
     isa = _choose()
     algorithm = os.environ.get("MASKCORE_CONV") or "winograd"
-    if algorithm not in ("direct", "winograd"):  # the kernels would say so in the middle of a run
-        raise ImportError(f"MASKCORE_CONV must be direct or winograd, is {algorithm}")
+    if algorithm not in ("direct", "winograd", "winograd4", "winograd6"):  # the kernels would say so in a run
+        raise ImportError(f"MASKCORE_CONV must be direct, winograd, winograd4 or winograd6, is {algorithm}")
     torch.ops.load_library(str(_built()[isa]))
     if torch.cuda.is_available():
         _load_cuda()

@@ -64,8 +64,8 @@ def _output_size(H: int, W: int, padding: int) -> tuple[int, int]:
 def transform_filter(weight: Tensor, precision: Precision = "ieee") -> Tensor:
     """The filters in the Winograd domain, to be given to :func:`conv_relu` again and again.
 
-    weight ``[K, C, 3, 3]`` float32 -> an opaque tensor of 4 times the size, for this processor's kernels and this
-    precision only: not to be stored.
+    weight ``[K, C, 3, 3]`` float32 -> an opaque tensor of 4 times the size, of up to 64 input channels 11 times, for
+    this processor's kernels and this precision only: not to be stored.
     """
     return _ops.transform_filter(weight.contiguous(), precision)
 
@@ -73,7 +73,8 @@ def transform_filter(weight: Tensor, precision: Precision = "ieee") -> Tensor:
 @_fake("maskcore::transform_filter")
 def _(weight: Tensor, precision: str = "ieee") -> Tensor:
     K, C = weight.shape[:2]
-    return weight.new_empty(36 * 32 * (C * ((K + 31) // 32) + 1))
+    components = 36 + 64 if C <= 64 else 36
+    return weight.new_empty(components * 32 * (C * ((K + 31) // 32) + 1))
 
 
 def conv_relu(
@@ -87,8 +88,8 @@ def conv_relu(
     """3x3 stride-1 convolution, bias and ReLU in one pass.
 
     Large enough shapes are computed by Winograd's F(4x4, 3x3), with about five times the rounding error of a
-    direct convolution (1e-6 of the result); there a NaN or an infinity in x may make NaN of any output of
-    the 4x4 tiles whose 6x6 inputs it lies in.
+    direct convolution (1e-6 of the result), or of up to 64 channels by F(6x6, 3x3) (3e-6); there a NaN or an
+    infinity in x may make NaN of any output of the 4x4 or 6x6 tiles whose inputs it lies in.
 
     Args:
         x: ``[N, C, H, W]`` float32, channels_last for speed.

@@ -82,7 +82,10 @@ def test_a_command_refuses_in_one_sentence(module: str) -> None:
     assert found.stderr.count("\n") == 1
     found = run("-m", module, "summary", isa=None, MASKCORE_CONV="fft")
     assert found.returncode == 2
-    assert found.stderr == "maskcore: error: MASKCORE_CONV must be direct or winograd, is fft\n"
+    assert (
+        found.stderr
+        == "maskcore: error: MASKCORE_CONV must be direct, winograd, winograd4 or winograd6, is fft\n"
+    )
 
 
 @pytest.mark.parametrize("isa", _library.INSTRUCTION_SETS)

@@ -279,10 +279,11 @@ def relative(t: Tensor) -> float:
     return float(t.square().mean().sqrt())
 
 
+@pytest.mark.parametrize("tiles", ["winograd4", "winograd6"])
 @pytest.mark.parametrize("layer", [key for key in LAYERS if not key.endswith("block1_conv1")])
-def test_winograd_error(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_winograd_error(layer: str, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most 3e-6 of the result in the root mean square, forward and backward, for inputs as a ReLU gives them."""
-    monkeypatch.setenv("MASKCORE_CONV", "winograd")
+    monkeypatch.setenv("MASKCORE_CONV", tiles)
     _, case = LAYERS[layer]
     inputs = conv_inputs(case)
     inputs["x"].relu_()
@@ -293,6 +294,7 @@ def test_winograd_error(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert relative(ours[key] - exact) <= 3e-6 * relative(exact), key
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("precision", ["ieee", "bf16"])
 @pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool"])
 def test_transformed_filter_changes_no_bit(name: str, precision: ops.Precision) -> None:
@@ -391,17 +393,22 @@ def test_unknown_precision_is_refused(name: str) -> None:
 
 def test_unknown_algorithm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASKCORE_CONV", "fft")
-    with pytest.raises(RuntimeError, match="MASKCORE_CONV must be direct or winograd, is fft"):
+    with pytest.raises(
+        RuntimeError, match="MASKCORE_CONV must be direct, winograd, winograd4 or winograd6, is fft"
+    ):
         ops.conv_relu(**conv_inputs(SMALL[0]))
 
 
-def test_winograd_spreads_nan_over_tiles_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASKCORE_CONV", "winograd")
+@pytest.mark.parametrize(("tiles", "first"), [("winograd4", 4), ("winograd6", 6)])
+def test_winograd_spreads_nan_over_tiles_only(
+    tiles: str, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASKCORE_CONV", tiles)
     inputs = conv_inputs(Case(1, 3, 5, 18, 18, 0))
-    inputs["x"][0, 1, 9, 9] = NAN  # in the 6x6 inputs of the tiles whose outputs start at 4 and 8
+    inputs["x"][0, 1, 9, 9] = NAN  # in the inputs of the tiles whose outputs start at 4 and 8, or at 6
     nan = ops.conv_relu(**inputs).isnan()
     assert nan[:, :, 7:10, 7:10].all()
-    nan[:, :, 4:12, 4:12] = False
+    nan[:, :, first:12, first:12] = False
     assert not nan.any()
 
 
