@@ -77,7 +77,8 @@ ConvCall second_call(const ConvCall& first, int64_t K, int64_t padding) {
   return {{.N = s.N, .H = s.P, .W = s.Q, .C = s.K, .K = K, .padding = padding},
           first.dtype,
           first.precision,
-          first.multiprocessors};
+          first.multiprocessors,
+          first.shared_bytes};
 }
 
 template <class T>

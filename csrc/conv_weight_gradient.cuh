@@ -244,9 +244,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         *reinterpret_cast<uint4*>(to + pixel * Tile::kGradientRow + number % Tile::kGradientChunks * 16) =
             Math::pack(v);
         if constexpr (Gradient::kHasBias) {
-          share_out(v, thread % 32);
-          const float2 before = bias[thread];
-          bias[thread] = make_float2(before.x + v[0], before.y + v[1]);
+          if (share->y == 0) {  // once for all input channels
+            share_out(v, thread % 32);
+            const float2 before = bias[thread];
+            bias[thread] = make_float2(before.x + v[0], before.y + v[1]);
+          }
         }
       }
     } else {

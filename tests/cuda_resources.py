@@ -59,8 +59,11 @@ LEAST_OCCUPANCY = 0.25
 #: and why that is right.
 FEW_THREADS = {
     "adam_count_kernel": "one thread: the two factors of a step",
-    r"conv_halo_tile_kernel<HaloTile<\w+, 4, 1, 2, 2, 4, true>": "the whole filter of a 32-channel layer stays in the "
+    r"conv_halo_tile_kernel<HaloTile<\w+, 4, 1, 2, 4, true>": "the whole filter of a 32-channel layer stays in the "
     "block's shared memory: it saves more traffic through L2 than more warps would hide",
+    r"conv_halo_tile_kernel<HaloTile<\w+, 2, 2, 4, 2, true>": "the whole filter of a 64-channel layer stays in the "
+    "block's shared memory, which through L2 would keep an H100 at half of its tensor cores (csrc/conv_halo_tile.cuh); "
+    "two blocks are eight warps, with no barrier within a slab",
     r"conv_first_layer_gradient_kernel<FirstLayerGradientTile<(Tf32|Ieee)>": "its rows take 71 KB; the loads of one "
     "block's 8 warps are more than an SM with 100 KB gets in a microsecond",
 }
@@ -255,6 +258,7 @@ class ConvCall(ctypes.Structure):
         ("dtype", ctypes.c_int),
         ("precision", ctypes.c_int),
         ("multiprocessors", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
     ]
 
 
@@ -282,17 +286,18 @@ CONVOLUTIONS = [
     (2, 9, 9, 5, 7),
     (2, 20, 20, 256, 32),
     (2, 20, 20, 32, 256),
+    (2, 20, 20, 64, 32),
     (1, 40, 40, 8, 16),
     (1, 40, 40, 2, 40),
 ]
 #: Channels behind the two convolutions of a block's head.
-HEADS = [(32, 32), (64, 64), (128, 128), (256, 256), (7, 5), (256, 32), (32, 256)]
+HEADS = [(32, 32), (64, 64), (128, 128), (256, 256), (7, 5), (256, 32), (32, 256), (32, 64), (64, 32)]
 ADDRESS = 1 << 20
 #: (DataType, Precision) of csrc/conv_size.h
 TYPES = {"float32 ieee": (0, 0), "float32 tf32": (0, 1), "float32 bf16": (0, 2), "bfloat16": (1, 2)}
 
 
-def _launches() -> Iterator[Launched]:
+def _launches(shared_bytes: int) -> Iterator[Launched]:
     x = ADDRESS
     for file, calls in {
         "max_pool_cuda.cu": [
@@ -320,10 +325,10 @@ def _launches() -> Iterator[Launched]:
         library = cuda_emulator.build(file)
         for name, *arguments in calls:
             yield from library.record(name, *arguments)
-    yield from _conv_launches()
+    yield from _conv_launches(shared_bytes)
 
 
-def _conv_launches() -> Iterator[Launched]:
+def _conv_launches(shared_bytes: int) -> Iterator[Launched]:
     x = ADDRESS
     forward = cuda_emulator.build("conv_relu_cuda.cu")
     backward = cuda_emulator.build("conv_relu_backward_cuda.cu")
@@ -331,7 +336,7 @@ def _conv_launches() -> Iterator[Launched]:
     head = cuda_emulator.build("conv_bn_relu_conv_relu_cuda.cu")
     for types in TYPES.values():
         for N, H, W, C, K in CONVOLUTIONS:
-            call = ConvCall(ConvSize(N, H, W, C, K, 0, H - 2, W - 2), *types, 132)
+            call = ConvCall(ConvSize(N, H, W, C, K, 0, H - 2, W - 2), *types, 132, shared_bytes)
             yield from forward.record("launch_conv_relu", call, *[x] * 5)
             yield from forward.record("launch_conv_relu_max_pool", call, *[x] * 6)
             yield from backward.record("launch_conv_relu_backward", call, *[x] * 8)
@@ -339,7 +344,7 @@ def _conv_launches() -> Iterator[Launched]:
             yield from bn.record("launch_conv_bn_relu_train", call, *[x] * 5, 1e-3, *[x] * 5)
             yield from bn.record("launch_conv_bn_relu_train_backward", call, *[x] * 8, 1e-3, *[x] * 5)
         for K, K2 in HEADS:
-            call = ConvCall(ConvSize(2, 20, 20, 8, K, 0, 18, 18), *types, 132)
+            call = ConvCall(ConvSize(2, 20, 20, 8, K, 0, 18, 18), *types, 132, shared_bytes)
             for argmax in (x, None):
                 outputs = (x, argmax, *[x] * 4)
                 yield from head.record("launch_conv_bn_relu_conv_relu", call, K2, 0, *[x] * 7, 1e-3, *outputs)
@@ -349,10 +354,10 @@ def _conv_launches() -> Iterator[Launched]:
 
 
 @functools.cache
-def launched() -> dict[str, tuple[int, int]]:
-    """Threads, and the most dynamic shared memory, that each kernel is launched with."""
+def launched(shared_bytes: int) -> dict[str, tuple[int, int]]:
+    """Threads, and the most dynamic shared memory, of each kernel launched where a multiprocessor has so much."""
     found: dict[str, tuple[int, int]] = {}
-    for launch in _launches():
+    for launch in _launches(shared_bytes):
         name = plain(launch.kernel)
         threads, shared = found.get(name, (0, 0))
         found[name] = max(threads, launch.threads), max(shared, launch.shared_bytes)
@@ -370,13 +375,14 @@ def problems(target: str) -> list[str]:
     """Sentences about kernels that break their budgets."""
     limits, found = TARGETS[target], []
     for kernel, r in compiled(target).items():
-        if kernel not in launched():
-            found.append(f"{kernel}: no launcher was seen to launch it")
-            continue
-        threads, shared = launched()[kernel]
-        occupancy = r.occupancy(limits, threads, shared)
         if r.spilled_bytes or r.stack_bytes:
             found.append(f"{kernel}: {r.spilled_bytes} bytes spilled, {r.stack_bytes} of stack")
+        if kernel not in launched(limits.shared_bytes):
+            if not any(kernel in launched(other.shared_bytes) for other in TARGETS.values()):
+                found.append(f"{kernel}: no launcher was seen to launch it")
+            continue
+        threads, shared = launched(limits.shared_bytes)[kernel]
+        occupancy = r.occupancy(limits, threads, shared)
         if r.threads == 0:
             found.append(f"{kernel}: has no __launch_bounds__")
         elif threads > r.threads:
@@ -399,16 +405,20 @@ def rows(targets: Sequence[str]) -> Iterator[str]:
     yield "| kernel | threads | shared memory | " + " | ".join(targets) + " |"
     yield "| --- | ---: | ---: |" + " --- |" * len(targets)
     for kernel in sorted(compiled(targets[0])):
-        threads, shared = launched().get(kernel, (0, 0))
-        cells = []
+        cells, sizes = [], set()
         for target in targets:
             r = compiled(target)[kernel]
+            launch = launched(TARGETS[target].shared_bytes).get(kernel)
+            if launch is None:
+                cells.append(f"{r.registers}, not launched")
+                continue
+            threads, shared = launch
+            sizes.add(shared + r.static_shared_bytes)
             share = f", {r.tensor_instructions / r.instructions:.0%}" if r.tensor_instructions else ""
             spills = f" **{r.spilled_bytes} spilled**" if r.spilled_bytes else ""
-            occupancy = r.occupancy(TARGETS[target], threads, shared) if threads else 0
-            cells.append(f"{r.registers}, {occupancy:.0%}{share}{spills}")
-        static = compiled(targets[0])[kernel].static_shared_bytes
-        yield f"| `{kernel}` | {threads} | {shared + static:,} | {' | '.join(cells)} |"
+            cells.append(f"{r.registers}, {r.occupancy(TARGETS[target], threads, shared):.0%}{share}{spills}")
+        of_shared = " or ".join(f"{size:,}" for size in sorted(sizes))
+        yield f"| `{kernel}` | {threads} | {of_shared} | {' | '.join(cells)} |"
 
 
 HEAD = """# What the CUDA kernels take of a multiprocessor
@@ -417,7 +427,8 @@ Written by `python tests/cuda_resources.py`: nvcc {nvcc}, every kernel for every
 occupancy (resident warps of those that an SM can hold, by the published limits) and, where the kernel uses them,
 the share of the machine's instructions in the innermost loop that the tensor cores execute (HMMA; the others load
 fragments, copy and count). Bytes spilled stand behind them: there are {spilled} in all. Threads and shared memory
-(static and dynamic, in bytes, the most of the network's layers) are those of the launchers.
+(static and dynamic, in bytes, the most of the network's layers) are those of the launchers, which take less where a
+multiprocessor has less, and keep some kernels to those that have most.
 
 `tests/test_cuda_resources.py` holds every kernel to the budget in its `__launch_bounds__(threads, blocks)`: no spills,
 registers for so many blocks on every target, and on those with more than 100 KB of shared memory so many blocks; at

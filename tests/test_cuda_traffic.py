@@ -35,8 +35,8 @@ FORWARD = [
     # fragments, its way into shared memory, and the results' way out: nothing is wasted.
     PATCH,
     FILTER,
-    Limit("conv_halo_tile.cuh", "cp_async_16(to + swizzled(", "global", "reads", 1.0),
-    Limit("conv_halo_tile.cuh", "cp_async_16(to + swizzled(", "shared", "writes", 1.0),
+    Limit("conv_halo_tile.cuh", "cp_async_16(to + i * Tile::kThreads", "global", "reads", 1.0),
+    Limit("conv_halo_tile.cuh", "cp_async_16(to + i * Tile::kThreads", "shared", "writes", 1.0),
     Limit("conv_halo_tile.cuh", "*reinterpret_cast<float2*>(to) =", "shared", "writes", 1.0),
     Limit("conv_halo_tile.cuh", "const float4 four = *reinterpret_cast<const float4*>(stage", "shared", "reads", 1.0),
     # The patch's rows begin anywhere in a line of banks.
