@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,9 +29,11 @@ BATCHES = (32, 256)
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Dense peaks by the vendor's data sheets, FLOP/s and byte/s, and the share of them that is expected.
+    """Dense peaks by the vendor's data sheets, FLOP/s and byte/s, and the share of them that is expected; what one
+    multiprocessor has is the GPU's by their number and the clock.
 
-    mma.sync reaches 63 to 65% of an H100's tensor cores, whose full rate only wgmma has (arXiv 2501.12084).
+    mma.sync reaches 63 to 65% of an H100's tensor cores, whose full rate only wgmma has (arXiv 2501.12084). L2's
+    bandwidth is about what microbenchmarks find (chipsandcheese.com).
     """
 
     name: str
@@ -38,14 +42,26 @@ class Gpu:
     float32: float
     bandwidth: float
     expected: float  # share of the tensor cores' peak
+    reachable: float  # share of it that mma.sync has
+    target: str
+    multiprocessors: int
+    clock: float
+    l2: float  # byte/s
+    shared_bytes: int  # of a multiprocessor
+
+    def cycles(self, amount: float, rate: float) -> float:
+        """Of a multiprocessor, for an amount of what the whole GPU does at this rate a second."""
+        return amount / (rate / self.multiprocessors / self.clock)
 
 
 GPUS = (
-    Gpu("A100", 312e12, 156e12, 19.5e12, 2.04e12, 0.60),
-    Gpu("H100", 989e12, 495e12, 67e12, 3.35e12, 0.50),
-    Gpu("RTX 4090", 165e12, 83e12, 82.6e12, 1.01e12, 0.60),
+    Gpu("A100", 312e12, 156e12, 19.5e12, 2.04e12, 0.60, 1.0, "sm_80", 108, 1.41e9, 4.5e12, 164 * 1024),
+    Gpu("H100", 989e12, 495e12, 67e12, 3.35e12, 0.50, 0.63, "sm_90", 132, 1.83e9, 5.5e12, 228 * 1024),
+    Gpu("RTX 4090", 165e12, 83e12, 82.6e12, 1.01e12, 0.60, 1.0, "sm_89", 128, 2.52e9, 5.0e12, 100 * 1024),
 )
 EXPECTED_BANDWIDTH = 0.80
+#: Of the roof, for the layers of 64 and more channels.
+DESIGNED = 0.70
 #: Of an H100's tensor cores by wgmma, for convolutions of 64 channels and more: cuBLAS reaches 77% with it.
 WGMMA = 0.75
 
@@ -82,6 +98,10 @@ class Kernel:
 
 def up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def splits(blocks: int, c_tiles: int, k_tiles: int) -> int:
+    return max(1, blocks // (c_tiles * k_tiles))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +146,9 @@ class Conv:
 
     @property
     def splits(self) -> int:
-        """Of the weight gradient's reduction (csrc/conv_weight_gradient.cuh)."""
+        """Of the weight gradient's reduction (csrc/conv_weight_gradient.cuh) on an H100, which has most of these."""
         c_tiles, k_tiles = up(self.C, 32) // 32, 1 if self.K <= 32 else up(self.K, 64) // 64
-        return max(1, 264 // (c_tiles * k_tiles))
+        return splits(264, c_tiles, k_tiles)
 
 
 def convolutions(N: int) -> list[Conv]:
@@ -266,6 +286,229 @@ def inference(N: int, p: Precision) -> list[Kernel]:
     for name, inputs, outputs in denses(N):
         kernels += dense_forward(name, N, inputs, outputs, p)
     return kernels
+
+
+# ---- what a multiprocessor has to do -------------------------------------------------------------
+
+KERNELS = TABLE.with_name("cuda_kernels.md")
+TILE = 128  # pixels
+PATCH = 192
+ROW = 64  # bytes: of a pixel's or an output channel's slab
+MIDDLE_FILTER, NARROW_FILTER = 72 * 1024, 36 * 1024  # bytes that may stay in shared memory
+ROOM = 2 * (256 + 2 * PATCH * ROW + MIDDLE_FILTER + 1024)  # of two blocks that keep so much
+
+
+@functools.cache
+def tiling(
+    N: int, P: int, Q: int, pooled: bool, most_pixels: int = TILE, most_patch: int = PATCH
+) -> tuple[int, int]:
+    """Tiles and pixels of a patch, as SpreadTiling::choose of csrc/conv_tiling.cuh has them."""
+    step, groups = (2, 2) if pooled else (1, 8)
+    if pooled:
+        P, Q = P // 2 * 2, Q // 2 * 2
+
+    def crowded(rows: int, cols: int, pitch: int) -> int:
+        count = [0] * 8
+        for row in range(0, rows, step):
+            for i in range(cols // step % groups):
+                count[(row * pitch // step + i) % groups] += 1
+        shared = rows // step * (cols // step // groups)
+        return sum(max(0, count[group] + shared - most_pixels // 8) for group in range(groups))
+
+    least, best = math.inf, (0, 0)
+    for cols in range(step, min(Q, most_pixels // step) + 1, step):
+        of_one_row = N * P * -(-Q // cols) * most_pixels
+        for rows in range(most_pixels // cols // step * step, step - 1, -step):
+            if of_one_row / rows >= least:
+                break
+            for stack in (P, up(P, rows)):
+                for pitch in [(cols + 5) // 8 * 8 + 4] if pooled else [cols + 2, cols + 3]:
+                    boundaries = 0 if stack % rows == 0 else (stack - 1 + rows - 1) // stack
+                    patch = (rows + 2 + 2 * boundaries) * pitch
+                    tiles = -(-N * stack // rows) * -(-Q // cols)
+                    cost = tiles * (most_pixels + 0.25 * patch)
+                    if patch > most_patch or cost >= least:
+                        continue
+                    cost += tiles * 2 * min(crowded(rows, cols, pitch), most_pixels // 8)
+                    if cost < least:
+                        least, best = cost, (tiles, patch)
+    return best
+
+
+@functools.cache
+def instructions() -> dict[tuple[str, str], tuple[float, float]]:
+    """Kernel and target: machine instructions for each of the tensor cores in a step that loads an item, and in one
+    without it, of the compiled kernels (tests/cuda_resources.py)."""
+    rows = [
+        line.strip("| ").split(" | ") for line in KERNELS.read_text().splitlines() if line.startswith("| ")
+    ]
+    targets, found = rows[0][3:], {}
+    for kernel, _, _, *cells in rows[2:]:
+        for target, cell in zip(targets, cells, strict=True):
+            shares = [float(share) for share in re.findall(r"([\d.]+)%", cell)[1:]]
+            if shares:
+                found[kernel.strip("`"), target] = 100 / shares[0], 100 / shares[1]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A convolution of the step, as its kernel is compiled: forward, backward-data or backward-weight."""
+
+    conv: Conv
+    before: Conv  # the layer in front
+    name: str
+    p: Precision
+
+    @property
+    def math(self) -> tuple[str, str]:
+        return ("Bf16", "bf16") if self.p.element == 2 else ("Tf32", "float")
+
+    @property
+    def source(self) -> str:
+        of_input = "BatchNormRelu" if self.before.bn else "Activation"
+        return of_input if self.name == "forward" else self.gradient
+
+    @property
+    def gradient(self) -> str:
+        bn, pool = "BatchNormReluGradient", "PooledReluGradient"
+        return bn if self.conv.bn else pool if self.conv.pool else "ReluGradient"
+
+    def reads(self, source: str) -> float:
+        """Tensors that an item is made of; a pool's places are bytes."""
+        several = {
+            "ReluGradient": 2,
+            "BatchNormReluGradient": 2,
+            "PooledReluGradient": 2 + 1 / self.p.element,
+        }
+        return several.get(source, 1)
+
+    def cycles(self, gpu: Gpu) -> dict[str, float]:
+        """Of the multiprocessor that has most to do, by what it has to do."""
+        return self.of_weight(gpu) if self.name == "backward-weight" else self.of_pixels(gpu)
+
+    def units(
+        self, gpu: Gpu, tiles: int, products: float, issued: float, shared: float, l2: float
+    ) -> dict[str, float]:
+        """Of tiles with so many products, instructions for each of the tensor cores', and bytes."""
+        depth = 8 * 16 * self.p.slab / 2  # products of one instruction
+        return {
+            "tensor cores": tiles * gpu.cycles(products, self.p.peak(gpu) / 2 * gpu.reachable),
+            "shared memory": tiles * shared / 128,
+            "L2": tiles * gpu.cycles(l2, gpu.l2),
+            "issue": tiles * products / depth * issued / 4,
+        }
+
+    def halo_kernel(self, shape: str, resident: bool, source: str, output: str) -> str:
+        math_, element = self.math
+        tile = f"HaloTile<{math_}, {shape}, {str(resident).lower()}>"
+        return f"conv_halo_tile_kernel<{tile}, {source}<{element}>, {output}>"
+
+    def of_pixels(self, gpu: Gpu) -> dict[str, float]:
+        """csrc/conv_halo_tile.cuh"""
+        conv, p, (_, element), back = self.conv, self.p, self.math, self.name == "backward-data"
+        C, K = (conv.K, conv.C) if back else (conv.C, conv.K)
+        P, Q = (conv.H, conv.W) if back else (conv.H - 2, conv.W - 2)
+        pooled = conv.pool and not back
+        columns = 128 if K > 64 else 64 if K > 32 else 32
+        slabs = up(C, p.slab) // p.slab
+        filters = 9 * slabs * columns * ROW
+        resident = columns == 32 and filters <= NARROW_FILTER
+        resident |= columns == 64 and filters <= MIDDLE_FILTER and gpu.shared_bytes >= ROOM
+        shape = {128: "2, 4, 4, 2", 64: f"2, 2, 4, {2 if resident else 4}", 32: "4, 1, 2, 4"}[columns]
+        sums = back and self.before.bn
+        plain = f"StoreOutput<{element}, {str(not back and not conv.bn).lower()}, {str(not back and conv.bn).lower()}>"
+        output = f"MaxPoolOutput<{element}>" if pooled else f"ReluSumsOutput<{element}>" if sums else plain
+        tiles, patch = tiling(conv.N, P, Q, pooled)
+        most = -(-tiles * up(K, columns) // columns // gpu.multiprocessors)
+        products = TILE * columns * 9 * slabs * p.slab
+        rows = 64 if columns > 32 else 32  # of a warp, by 32 columns
+        fragments = products / (rows * 32 * p.slab / 2) * (rows + 32) * ROW / 2
+        streamed = 0 if resident else filters
+        staged = 2 * TILE * columns * 4
+        written = TILE * columns * p.element * ((1 + 1 / p.element) / 4 if pooled else 2 if sums else 1)
+        l2 = patch * slabs * ROW * self.reads(self.source) + streamed + written
+        shared = fragments + patch * slabs * ROW + streamed + staged
+        loading, other = instructions()[self.halo_kernel(shape, resident, self.source, output), gpu.target]
+        items = patch * ROW / 16 / (256 if columns == 128 else 128) / 9  # of a thread and step
+        return self.units(gpu, most, products, other + items * (loading - other), shared, l2)
+
+    def of_weight(self, gpu: Gpu) -> dict[str, float]:
+        """csrc/conv_weight_gradient.cuh, tiles of 64 output and 32 input channels."""
+        conv, p, (math_, element) = self.conv, self.p, self.math
+        pixels, most_patch = (80, 128) if p.element == 2 else (40, 64)
+        c_tiles, k_tiles = up(conv.C, 32) // 32, up(conv.K, 64) // 64
+        of_input = "BatchNormRelu" if self.before.bn else "Activation"
+        sources = f"{of_input}<{element}>, {self.gradient}<{element}>"
+        tiles, patch = tiling(conv.N, conv.H - 2, conv.W - 2, False, pixels, most_patch)
+        parts = min(splits(2 * gpu.multiprocessors, c_tiles, k_tiles), -(-tiles // 4))
+        most = -(-tiles // parts) * -(-parts * c_tiles * k_tiles // gpu.multiprocessors)
+        products = pixels * 64 * 9 * 32
+        # A warp's 32 x 72 sums take 104 rows of 32 bytes a step.
+        fragments = products / (32 * 72 * p.slab / 2) * 104 * ROW / 2
+        operands = (pixels * 64 + patch * 32) * p.operand
+        l2 = (pixels * 64 * self.reads(self.gradient) + patch * 32) * p.element
+        kernel = f"conv_weight_gradient_kernel<GradientTile<{math_}, 2>, {sources}>"
+        loading, other = instructions()[kernel, gpu.target]
+        # An item of x is taken as the halo tile's of the same source.
+        halo = self.halo_kernel("2, 4, 4, 2", False, of_input, f"MaxPoolOutput<{element}>")
+        of_x = [
+            32 / 18 * issued for issued in instructions()[halo, gpu.target]
+        ]  # products of the kernels' steps
+        items = 16 / p.operand * 256 * 5  # channels that the threads load in a tile's steps
+        issued = other + pixels * 64 / items * (loading - other) + patch * 32 / items * (of_x[0] - of_x[1])
+        return self.units(gpu, most, products, issued, fragments + operands, l2)
+
+
+def passes(N: int, p: Precision) -> Iterator[tuple[Pass, Kernel]]:
+    """Of the layers of 64 and more channels, with what each must move and compute."""
+    named = {"conv, moments", "conv, ReLU", "conv, ReLU, max-pool"}
+    kernels = {
+        (kernel.layer, "forward" if kernel.name in named else kernel.name): kernel
+        for kernel in training(N, p)
+    }
+    for before, conv in itertools.pairwise(convolutions(N)):
+        if conv.K >= 64:
+            for name in ("forward", "backward-data", "backward-weight"):
+                yield Pass(conv, before, name, p), kernels[conv.name, name]
+
+
+def share_of_roof(work: Pass, kernel: Kernel, gpu: Gpu) -> tuple[float, str]:
+    """Of the roof with mma.sync, and what keeps it there."""
+    memory, peak = kernel.bytes / gpu.bandwidth, work.p.peak(gpu) * gpu.reachable
+    times = {name: cycles / gpu.clock for name, cycles in work.cycles(gpu).items()} | {"memory": memory}
+    bound = max(times, key=lambda name: times[name])
+    return max(memory, kernel.operations / peak) / times[bound], bound
+
+
+def reached(N: int, p: Precision) -> Iterator[str]:
+    names = ("forward", "backward-data", "backward-weight")
+    yield row("layer", *(f"{gpu.name} {name}" for gpu in GPUS for name in names))
+    yield row("---", *["---"] * len(GPUS) * len(names))
+    works = list(passes(N, p))
+    for of_layer in (works[i : i + len(names)] for i in range(0, len(works), len(names))):
+        cells = []
+        for gpu in GPUS:
+            for work, kernel in of_layer:
+                share, bound = share_of_roof(work, kernel, gpu)
+                cells.append(f"{share:.0%} {bound}" if share >= DESIGNED else f"**{share:.0%}** {bound}")
+        yield row(of_layer[0][0].conv.name, *cells)
+
+
+def bounded() -> Iterator[str]:
+    yield row("", "batch", *(gpu.name for gpu in GPUS))
+    yield row(*["---"] * 2, *["---:"] * len(GPUS))
+    for p in PRECISIONS:
+        for N in BATCHES:
+            cells = []
+            for gpu in GPUS:
+                expected = total(training(N, p), gpu, p, True)
+                longer = 0.0
+                for work, kernel in passes(N, p):
+                    times = [cycles / gpu.clock for cycles in work.cycles(gpu).values()]
+                    longer += max(0.0, max(times) - kernel.seconds(gpu, p, True))
+                cells.append(f"{N / expected:,.0f} / {N / (expected + longer):,.0f}")
+            yield row(p.name, f"{N}", *cells)
 
 
 # ---- PyTorch's eager kernels ---------------------------------------------------------------------
@@ -472,6 +715,29 @@ loads z, and its backward-data the other; the gain is that of the step's predict
 """
 
 
+L2 = ", ".join(f"{gpu.l2 / 1e12:.1f}" for gpu in GPUS)
+REACHED = f"""## How near the roof the kernels can come
+
+Of the layers of 64 and more channels: the share of the roof above, on an H100 of that with the {GPUS[1].reachable:.0%}
+of its tensor cores that mma.sync has, which the unit with most to do leaves, were all units at work all the time: the
+tensor cores, shared memory (128 bytes a cycle), L2 (taken as {L2} TB/s; each patch with all that makes it),
+the issue of instructions (four a cycle, as many as [the compiled kernels](cuda_kernels.md) have), memory. What a tile
+has beyond its image and the multiprocessor that gets most tiles count. Less than {DESIGNED:.0%} is in bold.
+
+Where it is less:
+
+- Filters' gradients, on an A100 and an H100: a step has few products beside the addresses of their operands and an
+  item, whose mask, rounding and bias are computed; a warp's 32 x 72 sums leave no registers to keep any of it. On an
+  RTX, with a quarter of an A100's tensor cores a multiprocessor, they do not hold the others up.
+- Backward-data on an H100: of two tensors a patch, and of 128 channels and more, or in TF32, the filter with each tile
+  of 128 pixels, come through L2. Larger tiles would need wgmma's registers.
+- The last block at batch 32: one or two rounds of tiles, of which the last is not full.
+
+So a training step, in images a second, as expected above / where no kernel is faster than this leaves it:
+
+"""
+
+
 HOPPER = f"""## What wgmma and TMA would bring on an H100
 
 mma.sync reaches at most 63 to 65% of an H100's tensor cores, {GPUS[1].expected:.0%} is expected above: a warp's 64 x 32
@@ -494,6 +760,12 @@ def page() -> str:
     parts = [
         HEAD + "\n".join(summary()),
         HEADS + "\n".join(gains()),
+        REACHED
+        + "\n".join(bounded())
+        + "\n\n"
+        + "\n\n".join(
+            f"{p.name}, batch {N}:\n\n" + "\n".join(reached(N, p)) for p in PRECISIONS for N in BATCHES
+        ),
         HOPPER + "\n".join(hopper()) + DECISION,
     ]
     for what, ours, _ in STEPS:

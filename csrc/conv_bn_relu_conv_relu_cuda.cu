@@ -36,10 +36,10 @@ struct BackwardWorkspace {
   Pieces rest;  // of one convolution after the other
   int64_t tiles, bytes;
 
-  BackwardWorkspace(const ConvCall& first, const ConvSize& second, void* memory)
+  BackwardWorkspace(const ConvCall& first, const ConvCall& second, void* memory)
       : rest{static_cast<unsigned char*>(memory)} {
     const int64_t K = first.size.K;
-    tiles = tiles_of(second.backward_data());
+    tiles = tiles_of(second.size.backward_data());
     const int64_t element = first.dtype == DataType::kBfloat16 ? 2 : 4;
     g = rest.take<unsigned char>(element * first.size.N * first.size.P * first.size.Q * K);
     coefficients = rest.take<float>(3 * padded_channels(K));
@@ -48,7 +48,7 @@ struct BackwardWorkspace {
     moments = rest.take<float>(tiles * 3 * K);
     counts = rest.take<int>(tiles);
     parts = rest.take<double2>(moment_parts(tiles) * K);
-    bytes = rest.used + std::max(backward_bytes(first.size), backward_bytes(second));
+    bytes = rest.used + std::max(backward_bytes(first), backward_bytes(second));
   }
 };
 
@@ -77,7 +77,8 @@ ConvCall second_call(const ConvCall& first, int64_t K, int64_t padding) {
   return {{.N = s.N, .H = s.P, .W = s.Q, .C = s.K, .K = K, .padding = padding},
           first.dtype,
           first.precision,
-          first.multiprocessors};
+          first.multiprocessors,
+          first.shared_bytes};
 }
 
 template <class T>
@@ -98,7 +99,7 @@ int64_t conv_bn_relu_conv_relu_workspace_bytes(const ConvCall& first, int64_t K2
 }
 
 int64_t conv_bn_relu_conv_relu_backward_workspace_bytes(const ConvCall& first, int64_t K2, int64_t padding2) {
-  return BackwardWorkspace(first, second_call(first, K2, padding2).size, nullptr).bytes;
+  return BackwardWorkspace(first, second_call(first, K2, padding2), nullptr).bytes;
 }
 
 cudaError_t launch_conv_bn_relu_conv_relu(const ConvCall& first, int64_t K2, int64_t padding2, const void* x,
@@ -135,7 +136,7 @@ cudaError_t launch_conv_bn_relu_conv_relu_backward(
   return dispatch(first, [&]<class T, class Math>() {
     const ConvCall second = second_call(first, K2, padding2);
     const ConvSize &s1 = first.size, &s2 = second.size;
-    const BackwardWorkspace room(first, s2, workspace);
+    const BackwardWorkspace room(first, second, workspace);
     const int K = static_cast<int>(s1.K), channels = static_cast<int>(padded_channels(s1.K));
     cudaError_t error = launch_coefficients(gamma, beta, mean, var, eps, s1.K, room.coefficients, stream);
     if (error != cudaSuccess) return error;

@@ -21,7 +21,7 @@ struct BackwardWorkspace {
     channel = rest.take<float4>(padded_channels(s.K));
     mean_g = rest.take<float>(padded_channels(s.K));
     parts = rest.take<float2>(gradient_parts(s.N * s.P * s.Q) * s.K);
-    bytes = rest.used + backward_bytes(s);
+    bytes = rest.used + backward_bytes(call);
   }
 };
 

@@ -120,7 +120,7 @@ cudaError_t convolve_backward(const ConvCall& call, const Gradient& gradient, co
                               Pieces workspace, cudaStream_t stream) {
   const ConvSize &s = call.size, back = s.backward_data();
   void* const packed = workspace.take<unsigned char>(packed_filter_bytes(back.C, back.K));
-  void* const sums = workspace.take<unsigned char>(weight_gradient_bytes(s.C, s.K));
+  void* const sums = workspace.take<unsigned char>(weight_gradient_bytes(call));
   if (output != nullptr && s.N > 0) {
     const cudaError_t error =
         convolve<Math>(call, back, gradient, *output, weight, /*turned=*/true, packed, stream);
@@ -128,10 +128,10 @@ cudaError_t convolve_backward(const ConvCall& call, const Gradient& gradient, co
   }
   if constexpr (Source::kPlain) {
     if (s.C <= kPictureChannels) {
-      return first_layer_gradient<Math>(s, x, gradient, dweight, dbias, sums, stream);
+      return first_layer_gradient<Math>(call, x, gradient, dweight, dbias, sums, stream);
     }
   }
-  return weight_gradient<Math>(s, x, gradient, dweight, dbias, sums, stream);
+  return weight_gradient<Math>(call, x, gradient, dweight, dbias, sums, stream);
 }
 
 /// The same of tensors; dx may be null.
@@ -152,8 +152,9 @@ cudaError_t convolve_backward(const ConvCall& call, const Gradient& gradient, co
                                  dweight, dbias, workspace, stream);
 }
 
-inline int64_t backward_bytes(const ConvSize& s) {
-  return round_up(packed_filter_bytes(s.K, s.C), 256) + round_up(weight_gradient_bytes(s.C, s.K), 256);
+inline int64_t backward_bytes(const ConvCall& call) {
+  const ConvSize& s = call.size;
+  return round_up(packed_filter_bytes(s.K, s.C), 256) + round_up(weight_gradient_bytes(call), 256);
 }
 
 }  // namespace maskcore

@@ -79,7 +79,7 @@ struct StoreOutput {
     }
   }
   __device__ __forceinline__ void store(const Pixel& pixel, int k, const float (&v)[4]) const {
-    store_channels(y + pixel.number(P, Q) * K + k, v, K - k, aligned);
+    store_channels(y + pixel.element(P, Q, K, k), v, K - k, aligned);
   }
 };
 
@@ -99,7 +99,7 @@ struct ReluSumsOutput {
 
   __device__ __forceinline__ void store(const Pixel& pixel, int k, float (&v)[4], float (&sum)[4],
                                         float (&products)[4]) const {
-    const int64_t i = pixel.number(P, Q) * K + k;
+    const int64_t i = pixel.element(P, Q, K, k);
     float z_in[4], mean[4], scale[4], beta[4];
     load_four(z + i, K - k, aligned, z_in);
     load_four(coefficients + 3 * k, 4, true, mean);
@@ -148,7 +148,7 @@ struct MaxPoolOutput {
       places |= place << (8 * i);
     }
     const Pixel window{true, pixel.n, pixel.h / 2, pixel.w / 2};
-    const int64_t out = window.number(P / 2, Q / 2) * K + k;
+    const int64_t out = window.element(P / 2, Q / 2, K, k);
     store_channels(y + out, best, K - k, aligned);
     if (aligned && K - k >= 4) {
       *reinterpret_cast<uint32_t*>(argmax + out) = places;

@@ -434,10 +434,10 @@ cudaError_t convolve_first_layer(const ConvCall& call, const ConvSize& s, const 
 }
 
 template <class Math, class T, class Gradient>
-cudaError_t first_layer_gradient(const ConvSize& s, const Activation<T>& x, const Gradient& gradient,
+cudaError_t first_layer_gradient(const ConvCall& call, const Activation<T>& x, const Gradient& gradient,
                                  float* dweight, float* dbias, void* workspace, cudaStream_t stream) {
   using Tile = FirstLayerGradientTile<Math>;
-  return launch_weight_gradient<Tile>(&conv_first_layer_gradient_kernel<Tile, T, Gradient>, s, x, gradient,
+  return launch_weight_gradient<Tile>(&conv_first_layer_gradient_kernel<Tile, T, Gradient>, call, x, gradient,
                                       dweight, dbias, workspace, stream);
 }
 

@@ -11,25 +11,39 @@
 //
 // Pipeline: while slab i's nine taps are multiplied, slab i + 1's patch arrives in the other of two buffers,
 // one 16-byte item a thread and tap: by cp.async with zero fill outside the image where the source is a plain
-// tensor, else through registers, loaded before the tap's products and stored after them. The filter
-// arrives tap by tap in kStages buffers by cp.async. Where there are at most 32 output channels and all of
-// their filter fits in kResidentBytes it is loaded once, and the block goes through many tiles, each one's
-// first patch arriving during the one before: 9 taps of 32 x 32 are 18 KB in bf16, 36 KB in TF32, more than a
-// tile's own input (180 * 64 bytes a slab) or output. One barrier a tap.
+// tensor, else through registers, loaded before the tap's products and stored after them.
+//
+// The filter arrives tap by tap by cp.async, in three stages, or in two where the third would cost a block
+// its place; one barrier a tap. Or all of it is resident: loaded once, and the block goes through many tiles,
+// each one's first patch arriving during the one before, with one barrier a slab.
+//   Narrow, up to 36 KB  9 taps of 32 x 32 are 18 KB in bf16, 36 KB in TF32, more than a tile's own input
+//                        (180 * 64 bytes a slab) or output
+//   Middle, up to 72 KB  of 64 x 64 in bf16, 32 x 64 in TF32, where a multiprocessor holds two blocks with so
+//                        much: sm_90 and sm_100. Streamed, a tile of 64 x 64 takes 72 + 23 KB through L2, 95,
+//                        for 4.7 M products: 2,304 cycles of an sm_90's tensor cores (42 bytes a cycle, where
+//                        its L2 gives a multiprocessor 24), 4,608 of an sm_80's (21 of 30), 18,432 of an
+//                        sm_89's (5 of 16). So on an sm_90 L2 would keep it at 57 % of the tensor cores, at
+//                        46 % with two tensors to read, and nowhere else. In TF32 64 x 64 are 144 KB, which
+//                        leave room for one block of four warps: streamed
 //
 // Budget
-//   shared     a head of 128 to 384 bytes, two patches of kPatchPixels = 192 pixels of 64 bytes, and filters:
+//   shared     a head of 256 or 384 bytes, two patches of kPatchPixels = 192 pixels of 64 bytes, and filters:
 //              Wide    256 + 2 * 192 * 64 + 3 * 128 * 64 = 49,408 bytes: two blocks even in 100 KB
-//              Middle  256 + 2 * 192 * 64 + 2 * 64 * 64  = 33,024: three in 100 KB, four in 164 KB
-//              Narrow  384 + 2 * 192 * 64 + 2 * 32 * 64  = 29,056; resident, of 32 channels, 24,960 + 9 *
-//              2,048 = 43,392 in bf16 and 24,960 + 18 * 2,048 = 61,824 in TF32
+//              Middle  256 + 2 * 192 * 64 + 3 * 64 * 64  = 37,120: four in 164 KB; with two stages 33,024:
+//              three in 100 KB, of 37,120 two. Resident 24,832 + 18 * 4,096 = 98,560: two in 228 KB
+//              Narrow  384 + 2 * 192 * 64 + 3 * 32 * 64  = 31,104: three in 100 KB, four in 164 KB; resident,
+//              of 32 channels, 24,960 + 9 * 2,048 = 43,392 in bf16, 24,960 + 18 * 2,048 = 61,824 in TF32
+//              Small   384 + 2 * 192 * 64 + 3 * 64 * 64  = 37,248: two in 100 KB
 //   registers  Wide, Middle: 64 accumulators, 8 of filter and 4 of input fragments, up to 19 of
-//              an item on its way: within 128. Narrow, Small: 32 accumulators, within 128
+//              an item on its way: within 128; resident Middle up to 160 of 256. Narrow, Small: 32
+//              accumulators, within 128
 //   occupancy  Wide 2 blocks * 8 = 16 warps of 64 (25 %) or of 48 (33 %), so Small. Middle 4 * 4 = 16 of 64
 //              (25 %), in 100 KB 3 * 4 = 12 of 48 (25 %). Narrow, streaming, the same; resident, bf16: 3
 //              blocks in 164 KB, 12 warps of 64 (19 %), TF32 2 blocks (12 %): below 25 % because the filter
 //              kept takes away more traffic through L2 (18 or 36 KB a tile beside 12 or 23 KB of input) than
-//              more warps hide
+//              more warps hide. Middle, resident: 2 * 4 = 8 of 64 (12 %), two a scheduler, as matrix products
+//              have them: 16 independent products of a warp and no barrier within nine taps hide what the
+//              other eight warps would
 //   shared memory traffic of a 64 x 32 warp tile: (64 + 32) * 32 bytes for 64 * 32 * 16 bf16 products = 24
 //   cycles of 128 bytes, in which an sm_80 does 32 cycles' worth of products; TF32 the same for 64 * 32 * 8.
 #pragma once
@@ -48,7 +62,9 @@ namespace maskcore {
 constexpr int kTaps = 9;
 constexpr int kPatchPixels = 192;
 constexpr int kPatchBytes = kPatchPixels * kRowBytes;
-constexpr int kResidentBytes = 36 * 1024;
+constexpr int kNarrowFilterBytes = 36 * 1024, kMiddleFilterBytes = 72 * 1024;
+constexpr int kFewStages = 2, kManyStages = 3;
+constexpr int kSharedBytesOfABlock = 1024;  // that it takes besides those it asks for
 
 // 16 rows of 32 sums on their way from registers to memory. 8 floats more a row put the 8 bytes that 16 lanes
 // write at once, four rows, into different banks.
@@ -56,23 +72,25 @@ constexpr int kStagePitch = 32 + 8;
 constexpr int kStageBytes = 16 * kStagePitch * 4;
 
 /// kWarpsM x kWarpsN warps of 16 MT x 32 sums each.
-template <class Math_, int kWarpsM_, int kWarpsN_, int MT_, int kStages_, int kBlocks_,
-          bool kResident_ = false>
+template <class Math_, int kWarpsM_, int kWarpsN_, int MT_, int kBlocks_, bool kResident_ = false>
 struct HaloTile {
   using Math = Math_;
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, MT = MT_, NT = 4;
   static constexpr int kTileM = kWarpsM * 16 * MT, kTileN = kWarpsN * 8 * NT;
   static constexpr int kWarps = kWarpsM * kWarpsN, kThreads = 32 * kWarps;
-  static constexpr int kStages = kStages_, kBlocks = kBlocks_;
+  static constexpr int kBlocks = kBlocks_;
   static constexpr int kSlab = kRowChunks * Math::kLanes;  // channels
   static constexpr int kTapBytes = kTileN * kRowBytes;
-  // The last item of a patch is waited for kStages - 1 taps after it was asked for.
+  // Chunks of a tap's filter that a thread copies, whole swizzles apart.
+  static constexpr int kFilterItems = kTileN * kRowChunks / kThreads;
+  static_assert(kFilterItems * kThreads == kTileN * kRowChunks && kThreads / kRowChunks % 8 == 0);
+  // What is asked for in a tap is waited for one or, with many stages, two taps later.
   static constexpr int kItems = (kPatchPixels * kRowChunks + kThreads - 1) / kThreads;
-  static_assert(kItems <= kTaps - (kStages - 2));
+  static_assert(kItems <= kTaps - (kManyStages - 2));
   static_assert(kTileM == 128 && kThreads % kRowChunks == 0 && kTileN <= kThreads);
   // Sums are staged where the last slab's patch or, in a block with one tile, anything was.
   static constexpr int kEpilogueBytes = kWarps * (kStageBytes + 4) + kWarpsM * 3 * kTileN * 4;
-  static_assert(kEpilogueBytes <= 2 * kPatchBytes + kStages * kTapBytes);
+  static_assert(kEpilogueBytes <= 2 * kPatchBytes + kFewStages * kTapBytes);
   // In front: the positions of this tile and of the next one, and a word of windows for each named row of a
   // 16-row block; 128 is a line's alignment for what follows.
   static constexpr int kNamedRows = Math::kFragments ? 16 : 8;
@@ -84,15 +102,15 @@ struct HaloTile {
 };
 
 template <class Math>
-using WideTile = HaloTile<Math, 2, 4, 4, 3, 2>;
-template <class Math>
-using MiddleTile = HaloTile<Math, 2, 2, 4, 2, 4>;
+using WideTile = HaloTile<Math, 2, 4, 4, 2>;
 template <class Math, bool kResident = false>
-using NarrowTile = HaloTile<Math, 4, 1, 2, 2, 4, kResident>;
+using MiddleTile = HaloTile<Math, 2, 2, 4, kResident ? 2 : 4, kResident>;
+template <class Math, bool kResident = false>
+using NarrowTile = HaloTile<Math, 4, 1, 2, 4, kResident>;
 // 32 accumulators: for products that need registers, and for float32 tensors in bf16, of which 16 to 19
 // numbers a thread are on their way.
 template <class Math>
-using SmallTile = HaloTile<Math, 4, 2, 2, 2, 2>;
+using SmallTile = HaloTile<Math, 4, 2, 2, 2>;
 
 /// w[K,C,3,3] -> [slab][tap][row of output channel][slab's channels], rounded, zero where there is no
 /// channel: what a block loads for one tap is contiguous and has no tails. `turned`: for backward-data, out
@@ -125,6 +143,7 @@ struct HaloConvolution {
   const uint4* filter;  // packed
   int slabs;
   int filter_rows;  // output channels rounded up to whole tiles
+  int stages;       // kFewStages or kManyStages
 };
 
 /// Brings the patch of one (tile, slab) into shared memory, item by item.
@@ -294,11 +313,22 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int steps = conv.slabs * kTaps;
 
   const auto load_filter = [&](int step, int slot) {
-    const uint4* from = conv.filter + (static_cast<int64_t>(step) * conv.filter_rows + k_first) * kRowChunks;
-    unsigned char* to = shared + kFilters + slot * Tile::kTapBytes;
+    const uint4* const from =
+        conv.filter + (static_cast<int64_t>(step) * conv.filter_rows + k_first) * kRowChunks + thread;
+    unsigned char* const to =
+        shared + kFilters + slot * Tile::kTapBytes + swizzled(thread / kRowChunks, thread % kRowChunks);
 #pragma unroll
-    for (int i = thread; i < Tile::kTileN * kRowChunks; i += Tile::kThreads) {
-      cp_async_16(to + swizzled(i / kRowChunks, i % kRowChunks), from + i);
+    for (int i = 0; i < Tile::kFilterItems; ++i) {
+      cp_async_16(to + i * Tile::kThreads / kRowChunks * kRowBytes, from + i * Tile::kThreads);
+    }
+  };
+
+  // All but the filters of the taps behind the next one.
+  const auto wait = [&] {
+    if (conv.stages == kManyStages) {
+      cp_async_wait<kManyStages - 2>();
+    } else {
+      cp_async_wait<kFewStages - 2>();
     }
   };
 
@@ -318,7 +348,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     loader.finish(item, 0, i, shared);
   }
 #pragma unroll 1
-  for (int step = 0; step < Tile::kStages - 1; ++step) {
+  for (int step = 0; step < conv.stages - 1; ++step) {
     if (!Tile::kResident) load_filter(step, step);
     cp_async_commit();
   }
@@ -348,12 +378,19 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         load_turn = turn ^ 1;
       }
 #pragma unroll 1
-      for (int tap = 0; tap < kTaps; ++tap) {
-        cp_async_wait<Tile::kStages - 2>();
-        __syncthreads();
+      for (int tap = 0, offset = 0; tap < kTaps; ++tap) {
+        if constexpr (Tile::kResident) {
+          if (tap == 0) {
+            cp_async_wait<0>();
+            __syncthreads();
+          }
+        } else {
+          wait();
+          __syncthreads();
+        }
         const int step = slab * kTaps + tap;
-        if (!Tile::kResident && step + Tile::kStages - 1 < steps) {
-          load_filter(step + Tile::kStages - 1, slot == 0 ? Tile::kStages - 1 : slot - 1);
+        if (!Tile::kResident && step + conv.stages - 1 < steps) {
+          load_filter(step + conv.stages - 1, slot == 0 ? conv.stages - 1 : slot - 1);
         }
         const bool loads = load_slab < conv.slabs && tap < Tile::kItems;
         Item<Math, Source> item;  // of this step: it takes no registers after it
@@ -363,11 +400,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         cp_async_commit();
         const unsigned char* filter =
             shared + kFilters + (Tile::kResident ? step : slot) * Tile::kTapBytes + warp_n * kRowBytes;
-        const int r = quotient(tap, 1.0f / 3.0f);
-        multiply_rows<Math>(acc, shared + patch, windows[first_named_row<Math>(lane)],
-                            r * tiling.pitch + tap - 3 * r, filter, lane);
-        if (loads) loader.finish(item, load_slab, tap, shared + (kPatchBytes - patch));
-        slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
+        multiply_rows<Math>(acc, shared + patch, windows[first_named_row<Math>(lane)], offset, filter, lane);
+        offset += tap == 2 || tap == 5 ? tiling.pitch - 2 : 1;  // r pitch + s of tap 3 r + s
+        if (loads && !Item<Math, Source>::copies(conv.source))
+          loader.finish(item, load_slab, tap, shared + (kPatchBytes - patch));
+        slot = slot + 1 == conv.stages ? 0 : slot + 1;
       }
       patch = kPatchBytes - patch;
     }
@@ -409,18 +446,29 @@ int64_t block_filter_bytes(const ConvSize& s) {
   return round_up(s.C, Tile::kSlab) / Tile::kSlab * kTaps * Tile::kTapBytes;
 }
 
+/// How many blocks with so many bytes of filter a multiprocessor holds, of those that their registers allow.
+template <class Tile>
+int64_t blocks_held(const ConvCall& call, int64_t filter_bytes) {
+  const int64_t bytes = Tile::kHeadBytes + 2 * kPatchBytes + filter_bytes + kSharedBytesOfABlock;
+  return std::min<int64_t>(Tile::kBlocks, call.shared_bytes / bytes);
+}
+
 template <class Tile, class Source, class Epilogue>
 cudaError_t launch_halo_tile(const ConvCall& call, const ConvSize& s, const Source& source,
                              const Epilogue& epilogue, const float* weight, bool turned, void* packed,
                              cudaStream_t stream) {
   using Math = typename Tile::Math;
+  // A stage more, unless it takes a block's place.
+  const bool many = blocks_held<Tile>(call, kManyStages * Tile::kTapBytes) ==
+                    blocks_held<Tile>(call, kFewStages * Tile::kTapBytes);
   const HaloConvolution<Source, Epilogue> conv{
       .tiling = SpreadTiling::choose(s, Epilogue::kWindows, Tile::kTileM, kPatchPixels),
       .source = source,
       .epilogue = epilogue,
       .filter = static_cast<const uint4*>(packed),
       .slabs = static_cast<int>(round_up(s.C, Tile::kSlab) / Tile::kSlab),
-      .filter_rows = static_cast<int>(round_up(s.K, Tile::kTileN))};
+      .filter_rows = static_cast<int>(round_up(s.K, Tile::kTileN)),
+      .stages = many ? kManyStages : kFewStages};
   if (conv.tiling.tiles == 0) return cudaErrorInvalidValue;
   const int64_t chunks = static_cast<int64_t>(conv.slabs) * kTaps * conv.filter_rows * kRowChunks;
   const cudaError_t error =
@@ -430,10 +478,10 @@ cudaError_t launch_halo_tile(const ConvCall& call, const ConvSize& s, const Sour
   if (error != cudaSuccess) return error;
 
   int64_t blocks = static_cast<int64_t>(conv.tiling.tiles) * (conv.filter_rows / Tile::kTileN);
-  int64_t filter = Tile::kStages * Tile::kTapBytes;
+  int64_t filter = conv.stages * Tile::kTapBytes;
   if constexpr (Tile::kResident) {
-    blocks = std::min(blocks, static_cast<int64_t>(call.multiprocessors) * Tile::kBlocks);
     filter = block_filter_bytes<Tile>(s);
+    blocks = std::min(blocks, call.multiprocessors * std::max<int64_t>(1, blocks_held<Tile>(call, filter)));
   }
   if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
   return launch(&conv_halo_tile_kernel<Tile, Source, Epilogue>, dim3(static_cast<unsigned>(blocks)),
@@ -442,7 +490,7 @@ cudaError_t launch_halo_tile(const ConvCall& call, const ConvSize& s, const Sour
 }
 
 /// The tile is chosen by the number of output channels, so that more than half of it is used; the narrow
-/// one's filter stays where it is small enough.
+/// one's filter stays where it is small enough, the middle one's where the multiprocessor has room for it.
 template <class Math, class Source, class Epilogue>
 cudaError_t convolve(const ConvCall& call, const ConvSize& s, const Source& source, const Epilogue& epilogue,
                      const float* weight, bool turned, void* packed, cudaStream_t stream) {
@@ -452,10 +500,18 @@ cudaError_t convolve(const ConvCall& call, const ConvSize& s, const Source& sour
   constexpr bool kConverts =
       !Source::kPlain && !std::is_same_v<typename Source::Element, typename Math::Shared>;
   const auto narrow = [&]<class M = Math>() {  // a template: compiled for the types that call it
-    if (block_filter_bytes<NarrowTile<M>>(s) > kResidentBytes) {
+    if (block_filter_bytes<NarrowTile<M>>(s) > kNarrowFilterBytes) {
       return with(static_cast<NarrowTile<M>*>(nullptr));
     }
     return with(static_cast<NarrowTile<M, true>*>(nullptr));
+  };
+  const auto middle = [&]<class M = Math>() {
+    using Resident = MiddleTile<M, true>;
+    if (block_filter_bytes<Resident>(s) > kMiddleFilterBytes ||
+        blocks_held<Resident>(call, kMiddleFilterBytes) < Resident::kBlocks) {
+      return with(static_cast<MiddleTile<M>*>(nullptr));
+    }
+    return with(static_cast<Resident*>(nullptr));
   };
   if constexpr (!Math::kFragments) {
     return with(static_cast<SmallTile<Math>*>(nullptr));
@@ -463,7 +519,7 @@ cudaError_t convolve(const ConvCall& call, const ConvSize& s, const Source& sour
     return s.K > 32 ? with(static_cast<SmallTile<Math>*>(nullptr)) : narrow();
   } else {
     if (s.K > 64) return with(static_cast<WideTile<Math>*>(nullptr));
-    return s.K > 32 ? with(static_cast<MiddleTile<Math>*>(nullptr)) : narrow();
+    return s.K > 32 ? middle() : narrow();
   }
 }
 

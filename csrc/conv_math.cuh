@@ -88,7 +88,7 @@ __device__ __forceinline__ int first_named_row(int lane) {
 template <class Math, int MT, int NT>
 __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], const unsigned char* a, uint32_t rows,
                                               int offset, const unsigned char* b, int lane) {
-  const auto row = [=](int i) { return static_cast<int>(rows >> (8 * i) & 0xffu) + offset; };
+  const auto row = [=](int i) { return static_cast<int>(__byte_perm(rows, 0, 0x4440 + i)) + offset; };
   static_assert(NT % 2 == 0);
   if constexpr (Math::kFragments) {
 #pragma unroll

@@ -6,7 +6,7 @@
 
 namespace maskcore {
 
-int64_t conv_relu_backward_workspace_bytes(const ConvCall& call) { return backward_bytes(call.size); }
+int64_t conv_relu_backward_workspace_bytes(const ConvCall& call) { return backward_bytes(call); }
 
 cudaError_t launch_conv_relu_backward(const ConvCall& call, const void* dy, const void* x,
                                       const float* weight, const void* y, void* dx, float* dweight,

@@ -27,6 +27,7 @@ struct ConvCall {
   DataType dtype;
   Precision precision;
   int multiprocessors;  // of the device
+  int shared_bytes;     // of a multiprocessor
 };
 
 }  // namespace maskcore

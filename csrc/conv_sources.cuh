@@ -98,7 +98,7 @@ struct Activation {
   };
 
   __device__ __forceinline__ const T* at(const Pixel& pixel, int c) const {
-    return x + pixel.number(H, W) * C + c;
+    return x + pixel.element(H, W, C, c);
   }
   template <int kLanes>
   __device__ __forceinline__ void fetch(const Pixel& pixel, int c, Fetched<kLanes>& fetched) const {
@@ -133,7 +133,7 @@ struct BatchNormRelu {
   __device__ __forceinline__ void fetch(const Pixel& pixel, int c, Fetched<kLanes>& fetched) const {
     fetched.z.clear();
     fetched.there = pixel.inside && c < C;
-    if (fetched.there) load_channels(fetched.z, z + pixel.number(H, W) * C + c, C - c, aligned);
+    if (fetched.there) load_channels(fetched.z, z + pixel.element(H, W, C, c), C - c, aligned);
   }
   template <int kLanes>
   __device__ __forceinline__ void values(const Fetched<kLanes>& fetched, int c, float (&out)[kLanes]) const {
@@ -175,7 +175,7 @@ struct ReluGradient {
     fetched.dy.clear();
     fetched.y.clear();
     if (pixel.inside && c < C) {
-      const int64_t i = pixel.number(H, W) * C + c;
+      const int64_t i = pixel.element(H, W, C, c);
       load_channels(fetched.dy, dy + i, C - c, aligned);
       load_channels(fetched.y, y + i, C - c, aligned);
     }
@@ -214,7 +214,7 @@ struct PooledReluGradient {
     for (int i = 0; i < kLanes / 4; ++i) fetched.places[i] = 0;
     if (pixel.inside && c < C && pixel.h >> 1 < H / 2 && pixel.w >> 1 < W / 2) {
       const Pixel window{true, pixel.n, pixel.h >> 1, pixel.w >> 1};
-      const int64_t i = window.number(H / 2, W / 2) * C + c;
+      const int64_t i = window.element(H / 2, W / 2, C, c);
       load_channels(fetched.dy, dy + i, C - c, aligned);
       load_channels(fetched.y, y + i, C - c, aligned);
       if (aligned && C - c >= kLanes) {
@@ -270,7 +270,7 @@ struct BatchNormReluGradient {
     fetched.z.clear();
     fetched.there = pixel.inside && c < C;
     if (fetched.there) {
-      const int64_t i = pixel.number(H, W) * C + c;
+      const int64_t i = pixel.element(H, W, C, c);
       load_channels(fetched.dy, dy + i, C - c, aligned);
       load_channels(fetched.z, z + i, C - c, aligned);
     }
@@ -299,9 +299,14 @@ struct Item {
 
   typename Source::template Fetched<kLanes> fetched;
 
+  /// Whether nothing is left to finish.
+  static __device__ __forceinline__ bool copies(const Source& source) {
+    if constexpr (kMayCopy) return source.aligned;
+    return false;
+  }
   __device__ __forceinline__ void start(const Source& source, const Pixel& from, int c, unsigned char* to) {
     if constexpr (kMayCopy) {
-      if (source.aligned) {
+      if (copies(source)) {
         const bool there = from.inside && c < source.C;
         cp_async_16(to, there ? source.at(from, c) : source.x, there);
         return;
@@ -310,9 +315,7 @@ struct Item {
     source.template fetch<kLanes>(from, c, fetched);
   }
   __device__ __forceinline__ void finish(const Source& source, int c, unsigned char* to) const {
-    if constexpr (kMayCopy) {
-      if (source.aligned) return;
-    }
+    if (copies(source)) return;
     float v[kLanes];
     source.template values<kLanes>(fetched, c, v);
     *reinterpret_cast<uint4*>(to) = Math::pack(v);

@@ -27,9 +27,10 @@ struct Pixel {
   bool inside;  // else a border, or past the end
   int n, h, w;
 
-  /// Its number in [N,height,width].
-  __device__ __forceinline__ int64_t number(int height, int width) const {
-    return (static_cast<int64_t>(n) * height + h) * width + w;
+  /// Its channel c in [N,height,width,channels]: rows of pixels are counted in 32 bits, and so are the
+  /// elements of one; they are multiplied once, to 64.
+  __device__ __forceinline__ int64_t element(int height, int width, int channels, int c) const {
+    return static_cast<int64_t>(n * height + h) * (width * channels) + (w * channels + c);
   }
 };
 
@@ -76,7 +77,8 @@ struct Tiling {
     const int row = quotient(i, inv_pitch), col = i - row * pitch;
     const int image = quotient(at.p + row, inv_padded_stack);
     const int h = at.p + row - image * (stack + 2) - padding, w = at.q + col - padding;
-    const bool inside = at.n + image < N && h >= 0 && h < H && w >= 0 && w < W;
+    const bool inside = at.n + image < N && static_cast<unsigned>(h) < static_cast<unsigned>(H) &&
+                        static_cast<unsigned>(w) < static_cast<unsigned>(W);
     return {inside, at.n + image, h, w};
   }
 

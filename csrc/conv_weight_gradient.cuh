@@ -11,15 +11,19 @@
 // 32-bit loads. A pixel's row is kPad bytes longer than its channels: 8 rows' 16 bytes (bf16), or 4 rows' 8
 // floats (TF32), then lie in different banks, and all addresses of a tile are one and constants.
 // Two buffers: the next tile arrives, one 16-byte item a thread and step, while this one's kSteps steps are
-// multiplied. One barrier a tile.
+// multiplied. One barrier a tile: 5 steps of 18 products of 8 cycles (sm_80; 4 on sm_90) for each of a
+// scheduler's four warps, 2,880 cycles or 1,440, into which memory's latency of about 700 fits. A third
+// buffer would be 22 KB more, and one block of 100 KB, for nothing.
 //
-// Split-K: the tiles are shared out to `splits` blocks in ranges fixed by the shape alone; each writes its
-// sums to a workspace [splits][9][K][C], which are then added in the order of the splits, so that the result
-// is the same bits each time. 264 blocks, two for each of 132 processors, keep that workspace small: 8 times
-// 2.4 MB of a 256 x 256 layer.
+// Split-K: the tiles are shared out to `splits` blocks in ranges fixed by the shape and the GPU; each writes
+// its sums to a workspace [splits][9][K][C], which are then added in the order of the splits, so that the
+// result is the same bits each time. Two blocks for each multiprocessor, which holds them at once: the last
+// eight of 264 blocks on 128 multiprocessors would take half as long again as all the others. So the
+// workspace is small too: 8 times 2.4 MB of a 256 x 256 layer on an H100.
 //
-// A tile's first pixel stands in for those past the image's end, times 0: where x is infinite in its window,
-// taps whose gradient is infinite may be NaN.
+// For a pixel past the image's end stands, times 0, one that is read with it, and so costs nothing; where
+// none of those is there, the tile's first one. Where x is infinite in its window, taps whose gradient is
+// infinite may be NaN.
 //
 // Budget, kTileK = 64
 //   shared     bf16  2 * (80 pixels * (128 + 16) bytes of g + 128 * (64 + 16) of x) = 43,520, places 320
@@ -244,9 +248,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         *reinterpret_cast<uint4*>(to + pixel * Tile::kGradientRow + number % Tile::kGradientChunks * 16) =
             Math::pack(v);
         if constexpr (Gradient::kHasBias) {
-          share_out(v, thread % 32);
-          const float2 before = bias[thread];
-          bias[thread] = make_float2(before.x + v[0], before.y + v[1]);
+          if (share->y == 0) {  // once for all input channels
+            share_out(v, thread % 32);
+            const float2 before = bias[thread];
+            bias[thread] = make_float2(before.x + v[0], before.y + v[1]);
+          }
         }
       }
     } else {
@@ -260,11 +266,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
   };
   const auto find_places = [&](const Tiling::Position& at, int buffer) {
-    const int thread = fresh_thread();
-    if (thread < Tile::kPixels) {
-      places[buffer * Tile::kPixels + thread] =
-          static_cast<uint16_t>(tiling.window(at, tiling.place<false>(thread)));
-    }
+    const int thread = fresh_thread(), lane = thread % 32;
+    if (thread - lane >= Tile::kPixels) return;  // whole warps
+    const int2 place = tiling.place<false>(thread);
+    const bool there = tiling.output(at, place).inside;
+    const int together = lane / kLanes * kLanes;  // the first of those that are read at once
+    const uint32_t others = __ballot_sync(0xffffffffu, there) >> together & ((1u << kLanes) - 1);
+    const int from = there || others == 0 ? lane : together + __ffs(static_cast<int>(others)) - 1;
+    const int window = __shfl_sync(0xffffffffu, tiling.window(at, place), from);
+    if (thread < Tile::kPixels) places[buffer * Tile::kPixels + thread] = static_cast<uint16_t>(window);
   };
 
   // What the block is at and does is kept in shared memory, registers are short: the next tile's position and
@@ -370,27 +380,27 @@ static __global__ void __launch_bounds__(kAddThreads)
 
 // ---- launching -----------------------------------------------------------------------------------
 
-constexpr int64_t kGradientBlocks = 2 * 132;
-
-/// Blocks along the pixels, for tiles of 64 x 32 channels: by the shape alone.
-inline int64_t most_gradient_splits(int64_t C, int64_t K) {
-  const int64_t c_tiles = round_up(C, 32) / 32, k_tiles = round_up(K, 64) / 64;
-  return std::max<int64_t>(1, kGradientBlocks / (c_tiles * k_tiles));
+/// Blocks along the pixels, for tiles of 64 x 32 channels: as many as the multiprocessors hold at once.
+inline int64_t most_gradient_splits(const ConvCall& call) {
+  const int64_t c_tiles = round_up(call.size.C, 32) / 32, k_tiles = round_up(call.size.K, 64) / 64;
+  return std::max<int64_t>(1, 2 * static_cast<int64_t>(call.multiprocessors) / (c_tiles * k_tiles));
 }
 
 /// Bytes of the splits' sums.
-inline int64_t weight_gradient_bytes(int64_t C, int64_t K) {
-  return most_gradient_splits(C, K) * (kTaps * C + 1) * K * static_cast<int64_t>(sizeof(float));
+inline int64_t weight_gradient_bytes(const ConvCall& call) {
+  return most_gradient_splits(call) * (kTaps * call.size.C + 1) * call.size.K *
+         static_cast<int64_t>(sizeof(float));
 }
 
 template <class Tile, class Source, class Gradient>
-cudaError_t launch_weight_gradient(void (*kernel)(WeightGradient<Source, Gradient>), const ConvSize& s,
+cudaError_t launch_weight_gradient(void (*kernel)(WeightGradient<Source, Gradient>), const ConvCall& call,
                                    const Source& x, const Gradient& gradient, float* dweight, float* dbias,
                                    void* workspace, cudaStream_t stream) {
+  const ConvSize& s = call.size;
   const SpreadTiling tiling = SpreadTiling::choose(s, false, Tile::kPixels, Tile::kMaxPatch);
   if (tiling.tile_cols == 0) return cudaErrorInvalidValue;
   // At least four tiles a block, whose sums are then not more memory than its input.
-  const int64_t splits = std::min<int64_t>(most_gradient_splits(s.C, s.K), (tiling.tiles + 3) / 4);
+  const int64_t splits = std::min<int64_t>(most_gradient_splits(call), (tiling.tiles + 3) / 4);
   float* const sums = static_cast<float*>(workspace);
   float* const bias_sums = sums + splits * kTaps * s.C * s.K;
   if (splits > 0) {
@@ -415,16 +425,16 @@ cudaError_t launch_weight_gradient(void (*kernel)(WeightGradient<Source, Gradien
 }
 
 template <class Math, class Source, class Gradient>
-cudaError_t weight_gradient(const ConvSize& s, const Source& x, const Gradient& gradient, float* dweight,
+cudaError_t weight_gradient(const ConvCall& call, const Source& x, const Gradient& gradient, float* dweight,
                             float* dbias, void* workspace, cudaStream_t stream) {
   const auto with = [&]<class Tile>(Tile*) {
-    return launch_weight_gradient<Tile>(&conv_weight_gradient_kernel<Tile, Source, Gradient>, s, x, gradient,
-                                        dweight, dbias, workspace, stream);
+    return launch_weight_gradient<Tile>(&conv_weight_gradient_kernel<Tile, Source, Gradient>, call, x,
+                                        gradient, dweight, dbias, workspace, stream);
   };
   // float32 tensors multiplied in bf16 have 16 numbers a thread on their way, for which the larger tile has
   // no registers left.
   constexpr bool kNarrow = !std::is_same_v<typename Source::Element, typename Math::Shared>;
-  if (kNarrow || s.K <= 32) return with(static_cast<GradientTile<Math, 1>*>(nullptr));
+  if (kNarrow || call.size.K <= 32) return with(static_cast<GradientTile<Math, 1>*>(nullptr));
   return with(static_cast<GradientTile<Math, kNarrow ? 1 : 2>*>(nullptr));
 }
 

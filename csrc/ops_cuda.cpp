@@ -60,9 +60,11 @@ class Call {
   Call(const Tensor& tensor, const char* first)
       : first_(first), index_(tensor.get_device_index()), guard_(checked(tensor, first)) {
     int major = 0, minor = 0;
-    for (const auto& [value, attribute] : {std::pair{&major, cudaDevAttrComputeCapabilityMajor},
-                                           std::pair{&minor, cudaDevAttrComputeCapabilityMinor},
-                                           std::pair{&multiprocessors_, cudaDevAttrMultiProcessorCount}}) {
+    for (const auto& [value, attribute] :
+         {std::pair{&major, cudaDevAttrComputeCapabilityMajor},
+          std::pair{&minor, cudaDevAttrComputeCapabilityMinor},
+          std::pair{&multiprocessors_, cudaDevAttrMultiProcessorCount},
+          std::pair{&shared_bytes_, cudaDevAttrMaxSharedMemoryPerMultiprocessor}}) {
       started(cudaDeviceGetAttribute(value, attribute, index_), "the device's attributes");
     }
     STD_TORCH_CHECK(major >= 8, first, " is on cuda:", index_, ", whose compute capability ", major, ".",
@@ -74,6 +76,7 @@ class Call {
 
   cudaStream_t stream() const { return stream_; }
   int multiprocessors() const { return multiprocessors_; }
+  int shared_bytes() const { return shared_bytes_; }  // of a multiprocessor
 
   /// Device, dimensions, dtype and layout.
   void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes,
@@ -124,7 +127,7 @@ class Call {
   const char* first_;
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
-  int multiprocessors_ = 0;
+  int multiprocessors_ = 0, shared_bytes_ = 0;
   cudaStream_t stream_ = nullptr;
 };
 
@@ -172,7 +175,7 @@ ConvCall conv_call(const Call& call, const Tensor& x, const Tensor& weight, int6
                   " must have at least one input and one output channel");
   check_row(size.W, size.C, "x");
   check_row(size.W + 2 * padding, size.K, "the convolution's output");
-  return {size, dtype, parse_precision(precision), call.multiprocessors()};
+  return {size, dtype, parse_precision(precision), call.multiprocessors(), call.shared_bytes()};
 }
 
 ScalarType scalar_type(DataType dtype) {

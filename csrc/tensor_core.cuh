@@ -144,6 +144,7 @@ __device__ __forceinline__ int fresh_thread() {
 #else
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+  __builtin_assume(thread >= 0 && thread < 1024);  // its quotients need no care of signs
   return thread;
 #endif
 }

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import re
 import shutil
 import subprocess
@@ -59,11 +60,22 @@ LEAST_OCCUPANCY = 0.25
 #: and why that is right.
 FEW_THREADS = {
     "adam_count_kernel": "one thread: the two factors of a step",
-    r"conv_halo_tile_kernel<HaloTile<\w+, 4, 1, 2, 2, 4, true>": "the whole filter of a 32-channel layer stays in the "
+    r"conv_halo_tile_kernel<HaloTile<\w+, 4, 1, 2, 4, true>": "the whole filter of a 32-channel layer stays in the "
     "block's shared memory: it saves more traffic through L2 than more warps would hide",
+    r"conv_halo_tile_kernel<HaloTile<\w+, 2, 2, 4, 2, true>": "the whole filter of a 64-channel layer stays in the "
+    "block's shared memory, which through L2 would keep an H100 at half of its tensor cores (csrc/conv_halo_tile.cuh); "
+    "two blocks are eight warps, with no barrier within a slab",
     r"conv_first_layer_gradient_kernel<FirstLayerGradientTile<(Tf32|Ieee)>": "its rows take 71 KB; the loads of one "
     "block's 8 warps are more than an SM with 100 KB gets in a microsecond",
 }
+
+
+class Counted(NamedTuple):
+    """Machine instructions of a step, the innermost loop with tensor instructions; zeros if there is none."""
+
+    tensor: int
+    longest: int  # on the longest way through it: loading an item of aligned tensors
+    other: int  # without that item
 
 
 class Resources(NamedTuple):
@@ -75,8 +87,7 @@ class Resources(NamedTuple):
     static_shared_bytes: int
     threads: int  # of __launch_bounds__
     blocks: int  # an SM must hold; 0 where the source does not say
-    instructions: int  # of the innermost loops with tensor instructions; 0 without a disassembler
-    tensor_instructions: int
+    counted: Counted  # zeros without a disassembler
 
     def occupancy(self, target: Target, threads: int, shared_bytes: int) -> float:
         """Resident warps of those that an SM could hold."""
@@ -182,42 +193,81 @@ def _bounds(ptx: str) -> Iterator[tuple[str, int, int]]:
         )
 
 
-TENSOR = ("HMMA", "IMMA", "OMMA", "QMMA")
+TENSOR = re.compile(r"[HIOQ]MMA")
+#: A load of less than 8 bytes and its condition, which is another one for each element of a tensor's tail.
+ELEMENT = r"@\S+(?= LDG\.E(?!.*\.(64|128)))"
 
 
-def _instructions(cubin: Path) -> dict[str, tuple[int, int]]:
-    """Of each kernel: machine instructions, and those of them that the tensor cores execute, in the innermost loops
-    that have such; without any, in the kernel as a whole."""
+class Operation(NamedTuple):
+    text: str  # with the condition in front
+    to: str  # the label that it branches to
+    goes_on: bool  # whether the next one may follow
+
+
+def _instructions(cubin: Path) -> dict[str, Counted]:
+    """Of each kernel."""
     disassembler = find_disassembler()
     if disassembler is None:
         return {}
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, Counted] = {}
     for part in re.split(r"\n\.text\.", _run(disassembler, "-c", cubin))[1:]:
-        operations: list[str] = []
+        operations: list[Operation] = []
         labels: dict[str, int] = {}
-        loops: list[tuple[int, int]] = []
         for line in part.splitlines():
             if line.startswith(".L_"):
                 labels[line.strip().removesuffix(":")] = len(operations)
-            operation = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", line)
-            if operation and operation[1] != "NOP":
-                operations.append(operation[1])
-                target = re.search(r"`\((\.L_\w+)\)", line) if operation[1] == "BRA" else None
-                if target and target[1] in labels:  # backwards
-                    loops.append((labels[target[1]], len(operations)))
-        found[part.partition(":")[0]] = _in_loops(operations, loops)
+            match = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)", line)
+            if match and match[2] != "NOP":
+                to = re.search(r"`\((\.L_\w+)\)", line) if match[2].startswith("BRA") else None
+                filled = " or zeros" if re.search(r"LDGSTS.*\], !?P\d", line) else ""
+                text = f"{(match[1] or '').strip()} {match[2]}{filled}".strip()
+                operations.append(Operation(text, to[1] if to else "", text not in ("BRA", "EXIT")))
+        found[part.partition(":")[0]] = counted(operations, labels)
     return found
 
 
-def _in_loops(operations: Sequence[str], loops: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    multiplying = {loop for loop in loops if any(op in TENSOR for op in operations[slice(*loop)])}
-    inner = [
-        (first, last)
-        for first, last in multiplying
-        if not any((f, e) != (first, last) and first <= f and e <= last for f, e in multiplying)
-    ]
-    chosen = [op for loop in inner for op in operations[slice(*loop)]] if inner else operations
-    return len(chosen), sum(op in TENSOR for op in chosen)
+def counted(operations: Sequence[Operation], labels: dict[str, int]) -> Counted:
+    def multiplies(first: int, end: int) -> int:
+        return sum(bool(TENSOR.search(operation.text)) for operation in operations[first:end])
+
+    jumps = {i: labels[operation.to] for i, operation in enumerate(operations) if operation.to in labels}
+    loops = {(to, i + 1) for i, to in jumps.items() if to <= i and multiplies(to, i + 1)}
+    if not loops:
+        return Counted(0, 0, 0)
+    first, end = min(loops, key=lambda loop: loop[1] - loop[0])
+    of_blocks = {first, end} | {i + 1 for i in jumps if first <= i < end}
+    bounds = sorted(of_blocks | {to for to in jumps.values() if first <= to < end})
+    blocks = dict(itertools.pairwise(bounds))
+
+    def way(sign: int, without: frozenset[int]) -> list[int]:
+        """The beginnings of the blocks of the longest way (sign 1) or the shortest one (-1)."""
+        ways = {first: (0, [first])}
+        for begin, after in blocks.items():
+            if begin in without or begin not in ways:
+                continue
+            reached = [jumps[after - 1]] if begin < jumps.get(after - 1, -1) <= end else []
+            if operations[after - 1].goes_on or after == end:
+                reached.append(after)
+            length = ways[begin][0] + sign * (after - begin)
+            for to in reached:
+                if to not in ways or ways[to][0] < length:
+                    ways[to] = length, [*ways[begin][1], to]
+        return ways[end][1][:-1] if end in ways else []
+
+    def found(begin: int, pattern: str) -> set[str]:
+        texts = [operation.text for operation in operations[begin : blocks[begin]]]
+        return {match[0] for text in texts if (match := re.search(pattern, text))}
+
+    # A tensor that is not aligned is loaded element by element, in code of its own if not merged with the other.
+    elements = frozenset(begin for begin in blocks if len(found(begin, ELEMENT)) > 2)
+    if not way(1, elements):
+        elements = frozenset()
+    longest, shortest = way(1, elements) or [*blocks], way(-1, elements)  # all, if a block lies out of line
+    # A step always copies the filter, which is whole: never zeros.
+    filters = {begin for begin in blocks if found(begin, "LDGSTS") and not found(begin, "LDGSTS.*zeros")}
+    other = way(1, elements | frozenset(longest) - frozenset(shortest) - filters) or longest
+    lengths = (sum(blocks[begin] - begin for begin in of_way) for of_way in (longest, other))
+    return Counted(multiplies(first, end), *lengths)
 
 
 @functools.cache
@@ -229,7 +279,7 @@ def compiled(target: str) -> dict[str, Resources]:
     for folder in folders:
         ptx = "\n".join(path.read_text() for path in folder.glob("*.ptx"))
         bounds = {name: rest for name, *rest in _bounds(ptx)}
-        counted = _instructions(folder / "kernels.cubin")
+        of_kernels = _instructions(folder / "kernels.cubin")
         for mangled, said in _ptxas((folder / "ptxas.txt").read_text()):
             found[plain(_run("c++filt", mangled).strip())] = Resources(
                 said["registers"],
@@ -237,7 +287,7 @@ def compiled(target: str) -> dict[str, Resources]:
                 said["stack"],
                 said["shared"],
                 *bounds[mangled],
-                *counted.get(mangled, (0, 0)),
+                of_kernels.get(mangled, Counted(0, 0, 0)),
             )
     return found
 
@@ -255,6 +305,7 @@ class ConvCall(ctypes.Structure):
         ("dtype", ctypes.c_int),
         ("precision", ctypes.c_int),
         ("multiprocessors", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
     ]
 
 
@@ -282,17 +333,18 @@ CONVOLUTIONS = [
     (2, 9, 9, 5, 7),
     (2, 20, 20, 256, 32),
     (2, 20, 20, 32, 256),
+    (2, 20, 20, 64, 32),
     (1, 40, 40, 8, 16),
     (1, 40, 40, 2, 40),
 ]
 #: Channels behind the two convolutions of a block's head.
-HEADS = [(32, 32), (64, 64), (128, 128), (256, 256), (7, 5), (256, 32), (32, 256)]
+HEADS = [(32, 32), (64, 64), (128, 128), (256, 256), (7, 5), (256, 32), (32, 256), (32, 64), (64, 32)]
 ADDRESS = 1 << 20
 #: (DataType, Precision) of csrc/conv_size.h
 TYPES = {"float32 ieee": (0, 0), "float32 tf32": (0, 1), "float32 bf16": (0, 2), "bfloat16": (1, 2)}
 
 
-def _launches() -> Iterator[Launched]:
+def _launches(shared_bytes: int) -> Iterator[Launched]:
     x = ADDRESS
     for file, calls in {
         "max_pool_cuda.cu": [
@@ -320,10 +372,10 @@ def _launches() -> Iterator[Launched]:
         library = cuda_emulator.build(file)
         for name, *arguments in calls:
             yield from library.record(name, *arguments)
-    yield from _conv_launches()
+    yield from _conv_launches(shared_bytes)
 
 
-def _conv_launches() -> Iterator[Launched]:
+def _conv_launches(shared_bytes: int) -> Iterator[Launched]:
     x = ADDRESS
     forward = cuda_emulator.build("conv_relu_cuda.cu")
     backward = cuda_emulator.build("conv_relu_backward_cuda.cu")
@@ -331,7 +383,7 @@ def _conv_launches() -> Iterator[Launched]:
     head = cuda_emulator.build("conv_bn_relu_conv_relu_cuda.cu")
     for types in TYPES.values():
         for N, H, W, C, K in CONVOLUTIONS:
-            call = ConvCall(ConvSize(N, H, W, C, K, 0, H - 2, W - 2), *types, 132)
+            call = ConvCall(ConvSize(N, H, W, C, K, 0, H - 2, W - 2), *types, 132, shared_bytes)
             yield from forward.record("launch_conv_relu", call, *[x] * 5)
             yield from forward.record("launch_conv_relu_max_pool", call, *[x] * 6)
             yield from backward.record("launch_conv_relu_backward", call, *[x] * 8)
@@ -339,7 +391,7 @@ def _conv_launches() -> Iterator[Launched]:
             yield from bn.record("launch_conv_bn_relu_train", call, *[x] * 5, 1e-3, *[x] * 5)
             yield from bn.record("launch_conv_bn_relu_train_backward", call, *[x] * 8, 1e-3, *[x] * 5)
         for K, K2 in HEADS:
-            call = ConvCall(ConvSize(2, 20, 20, 8, K, 0, 18, 18), *types, 132)
+            call = ConvCall(ConvSize(2, 20, 20, 8, K, 0, 18, 18), *types, 132, shared_bytes)
             for argmax in (x, None):
                 outputs = (x, argmax, *[x] * 4)
                 yield from head.record("launch_conv_bn_relu_conv_relu", call, K2, 0, *[x] * 7, 1e-3, *outputs)
@@ -349,10 +401,10 @@ def _conv_launches() -> Iterator[Launched]:
 
 
 @functools.cache
-def launched() -> dict[str, tuple[int, int]]:
-    """Threads, and the most dynamic shared memory, that each kernel is launched with."""
+def launched(shared_bytes: int) -> dict[str, tuple[int, int]]:
+    """Threads, and the most dynamic shared memory, of each kernel launched where a multiprocessor has so much."""
     found: dict[str, tuple[int, int]] = {}
-    for launch in _launches():
+    for launch in _launches(shared_bytes):
         name = plain(launch.kernel)
         threads, shared = found.get(name, (0, 0))
         found[name] = max(threads, launch.threads), max(shared, launch.shared_bytes)
@@ -370,13 +422,14 @@ def problems(target: str) -> list[str]:
     """Sentences about kernels that break their budgets."""
     limits, found = TARGETS[target], []
     for kernel, r in compiled(target).items():
-        if kernel not in launched():
-            found.append(f"{kernel}: no launcher was seen to launch it")
-            continue
-        threads, shared = launched()[kernel]
-        occupancy = r.occupancy(limits, threads, shared)
         if r.spilled_bytes or r.stack_bytes:
             found.append(f"{kernel}: {r.spilled_bytes} bytes spilled, {r.stack_bytes} of stack")
+        if kernel not in launched(limits.shared_bytes):
+            if not any(kernel in launched(other.shared_bytes) for other in TARGETS.values()):
+                found.append(f"{kernel}: no launcher was seen to launch it")
+            continue
+        threads, shared = launched(limits.shared_bytes)[kernel]
+        occupancy = r.occupancy(limits, threads, shared)
         if r.threads == 0:
             found.append(f"{kernel}: has no __launch_bounds__")
         elif threads > r.threads:
@@ -399,25 +452,32 @@ def rows(targets: Sequence[str]) -> Iterator[str]:
     yield "| kernel | threads | shared memory | " + " | ".join(targets) + " |"
     yield "| --- | ---: | ---: |" + " --- |" * len(targets)
     for kernel in sorted(compiled(targets[0])):
-        threads, shared = launched().get(kernel, (0, 0))
-        cells = []
+        cells, sizes = [], set()
         for target in targets:
             r = compiled(target)[kernel]
-            share = f", {r.tensor_instructions / r.instructions:.0%}" if r.tensor_instructions else ""
+            launch = launched(TARGETS[target].shared_bytes).get(kernel)
+            if launch is None:
+                cells.append(f"{r.registers}, not launched")
+                continue
+            threads, shared = launch
+            sizes.add(shared + r.static_shared_bytes)
+            tensor, *ways = r.counted
+            share = f", {' / '.join(f'{tensor / way:.1%}' for way in ways)}" if tensor else ""
             spills = f" **{r.spilled_bytes} spilled**" if r.spilled_bytes else ""
-            occupancy = r.occupancy(TARGETS[target], threads, shared) if threads else 0
-            cells.append(f"{r.registers}, {occupancy:.0%}{share}{spills}")
-        static = compiled(targets[0])[kernel].static_shared_bytes
-        yield f"| `{kernel}` | {threads} | {shared + static:,} | {' | '.join(cells)} |"
+            cells.append(f"{r.registers}, {r.occupancy(TARGETS[target], threads, shared):.0%}{share}{spills}")
+        of_shared = " or ".join(f"{size:,}" for size in sorted(sizes))
+        yield f"| `{kernel}` | {threads} | {of_shared} | {' | '.join(cells)} |"
 
 
 HEAD = """# What the CUDA kernels take of a multiprocessor
 
 Written by `python tests/cuda_resources.py`: nvcc {nvcc}, every kernel for every target. A cell is registers a thread,
-occupancy (resident warps of those that an SM can hold, by the published limits) and, where the kernel uses them,
-the share of the machine's instructions in the innermost loop that the tensor cores execute (HMMA; the others load
-fragments, copy and count). Bytes spilled stand behind them: there are {spilled} in all. Threads and shared memory
-(static and dynamic, in bytes, the most of the network's layers) are those of the launchers.
+occupancy (resident warps of those that an SM can hold, by the published limits) and, where the kernel uses them, the
+share of the machine's instructions that the tensor cores execute (HMMA; the others load fragments, copy and count), in
+a step that loads an item of aligned tensors, by the longest way through the innermost loop / in one without it. Bytes
+spilled stand behind them: there are {spilled} in all. Threads and shared memory (static and dynamic, in bytes, the most
+of the network's layers) are those of the launchers, which take less where a multiprocessor has less, and keep some
+kernels to those that have most.
 
 `tests/test_cuda_resources.py` holds every kernel to the budget in its `__launch_bounds__(threads, blocks)`: no spills,
 registers for so many blocks on every target, and on those with more than 100 KB of shared memory so many blocks; at

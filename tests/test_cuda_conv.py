@@ -22,6 +22,7 @@ from torch import Tensor
 
 EPS32 = torch.finfo(torch.float32).eps
 MULTIPROCESSORS = 1  # of four blocks, so that a resident filter serves several tiles
+AMPLE, SMALL = 228 * 1024, 100 * 1024  # bytes of its shared memory on the largest and on the smallest GPUs
 
 pytestmark = pytest.mark.skipif(not cuda_emulator.has_compiler(), reason="there is no C++ compiler")
 
@@ -103,14 +104,15 @@ def fused() -> cuda_emulator.Kernels:
 
 CALL = np.dtype(
     [(name, np.int64) for name in ("N", "H", "W", "C", "K", "padding", "P", "Q")]
-    + [(name, np.int32) for name in ("dtype", "precision", "multiprocessors", "_")]
+    + [(name, np.int32) for name in ("dtype", "precision", "multiprocessors", "shared_bytes")]
 )
 
 
-def conv_call(s: Size, kind: Kind) -> np.ndarray:
+def conv_call(s: Size, kind: Kind, shared_bytes: int = AMPLE) -> np.ndarray:
     """A ConvCall of csrc/conv_size.h."""
     dtype = [torch.float32, torch.bfloat16].index(kind.dtype)
-    return np.array([(*s, s.P, s.Q, dtype, PRECISIONS.index(kind.precision), MULTIPROCESSORS, 0)], CALL)
+    precision = PRECISIONS.index(kind.precision)
+    return np.array([(*s, s.P, s.Q, dtype, precision, MULTIPROCESSORS, shared_bytes)], CALL)
 
 
 def workspace(kernels: cuda_emulator.Kernels, name: str, call: np.ndarray, *sizes: int) -> Workspace:
@@ -261,6 +263,33 @@ def test_conv_relu_max_pool_backward_whole_numbers(
     equal(dx, dx_exact, "dx")
     equal(dweight, dweight_exact, "dweight")
     equal(dbias, g.sum((0, 1, 2)), "dbias")
+
+
+@pytest.mark.parametrize("kind", ["tf32", "bf16"])
+@pytest.mark.parametrize("K", [40, 64])
+def test_a_filter_is_kept_where_the_multiprocessor_has_room(
+    forward: cuda_emulator.Kernels, K: int, kind: str
+) -> None:
+    """And streamed, in as many stages as there is room for, where it has not: the same sums in the same order."""
+    k = KINDS[kind]
+    s = Size(1, 18, 30, 64 if kind == "bf16" else 32, K, 1)  # two slabs, three tiles for each of two blocks
+    x, weight, bias = (
+        torch.randn(s.N, s.H, s.W, s.C).to(k.dtype),
+        torch.randn(s.K, s.C, 3, 3),
+        torch.randn(s.K),
+    )
+    found = []
+    for shared_bytes in (SMALL, 164 * 1024, AMPLE):
+        call = conv_call(s, k, shared_bytes)
+        *_, launch = forward.record("launch_conv_relu", call.ctypes.data, *[1 << 20] * 5)
+        y = torch.empty(s.N, s.P, s.Q, s.K, dtype=k.dtype)
+        room = workspace(forward, "conv_relu_workspace_bytes", call)
+        forward.run("launch_conv_relu", call, x, weight, bias, Output(y), room)
+        assert torch.equal(y, found[0][1] if found else y)
+        found.append((launch.shared_bytes, y))
+    assert [shared for shared, _ in found] == [33_024, 37_120, 98_560]
+    exact = F.conv2d(nchw(k.round(x.double())), k.round(weight.double()), bias.double(), padding=s.padding)
+    close(found[0][1], nhwc(F.relu(exact)), 9 * s.C, "y")
 
 
 @pytest.mark.parametrize("kind", KINDS)

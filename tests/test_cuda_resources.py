@@ -6,11 +6,22 @@ import shutil
 
 import cuda_emulator
 import pytest
-from cuda_resources import ADDRESS, TARGETS, Resources, compiled, find_disassembler, plain, problems
+from cuda_resources import (
+    ADDRESS,
+    TARGETS,
+    Counted,
+    Operation,
+    Resources,
+    compiled,
+    counted,
+    find_disassembler,
+    plain,
+    problems,
+)
 
 
 def resources(registers: int, static_shared_bytes: int = 0) -> Resources:
-    return Resources(registers, 0, 0, static_shared_bytes, 256, 2, 0, 0)
+    return Resources(registers, 0, 0, static_shared_bytes, 256, 2, Counted(0, 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -36,6 +47,23 @@ def test_occupancy(target: str, registers: int, threads: int, shared_bytes: int,
 def test_static_and_dynamic_shared_memory_count_together() -> None:
     limits = TARGETS["sm_86"]
     assert resources(32, 1024).occupancy(limits, 64, 1024) == resources(32).occupancy(limits, 64, 2048)
+
+
+def test_instructions_are_counted_with_and_without_an_item() -> None:
+    """And around what loads a tensor element by element, where that is code of its own."""
+    listing = """.L_step LDS|@P0 BRA .L_item|LDGSTS
+        .L_item @P1 BRA .L_product|IMAD|@P2 BRA .L_elements|LDGSTS or zeros|BRA .L_product
+        .L_elements @P1 LDG.E.U16|@P2 LDG.E.U16|@P3 LDG.E.U16|PRMT|PRMT|PRMT
+        .L_product LDSM.16.M88.4|HMMA.16816.F32.BF16|HMMA.16816.F32.BF16|@P0 BRA .L_step|EXIT"""
+    operations, labels = [], {}
+    for line in map(str.strip, listing.splitlines()):
+        label, _, rest = line.partition(" ")
+        labels[label] = len(operations)
+        for text in rest.split("|"):
+            to = text.partition("BRA ")[2]
+            operations.append(Operation(text.removesuffix(f" {to}"), to, text[:3] not in ("BRA", "EXI")))
+    assert counted(operations, labels) == Counted(tensor=2, longest=12, other=8)
+    assert counted(operations[: labels[".L_product"]], labels) == Counted(0, 0, 0)
 
 
 def test_both_compilers_names_become_one() -> None:
@@ -76,4 +104,4 @@ def test_products_are_the_tensor_cores(target: str) -> None:
     """What multiplies in TF32 or bfloat16 has tensor-core instructions, nothing else has."""
     for kernel, r in compiled(target).items():
         multiplies = kernel.startswith(("conv_halo_tile", "conv_weight_gradient", "conv_first_layer"))
-        assert (r.tensor_instructions > 0) == (multiplies and "<Ieee" not in kernel), kernel
+        assert (r.counted.tensor > 0) == (multiplies and "<Ieee" not in kernel), kernel

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_emulator import ORDERS, Fault, Kernels, Order, Output, Replacement
-from test_cuda_conv import KINDS, Size, conv_call, equal, nchw, nhwc, whole, workspace
+from test_cuda_conv import KINDS, SMALL, Size, conv_call, equal, nchw, nhwc, whole, workspace
 from torch.nn.grad import conv2d_weight
 
 pytestmark = pytest.mark.skipif(not cuda_emulator.has_compiler(), reason="there is no C++ compiler")
@@ -43,13 +43,15 @@ NARROW = Size(3, 20, 21, 16, 30, 1)
 # One tile alone: the first buffer is the last in use.
 ALONE = Size(1, 6, 7, 20, 30, 1)
 PICTURES = Size(2, 24, 32, 3, 30, 1)
+# The middle tile, on a small multiprocessor in two stages.
+MIDDLE = Size(1, 9, 15, 20, 34, 1)
 
 
 def run_forward(kernels: Kernels, s: Size, order: Order) -> None:
     kind = KINDS["tf32"]
     x, weight, bias = whole(s.N, s.H, s.W, s.C), whole(s.K, s.C, 3, 3), whole(s.K)
     y = torch.empty(s.N, s.P, s.Q, s.K)
-    call = conv_call(s, kind)
+    call = conv_call(s, kind, SMALL)
     room = workspace(kernels, "conv_relu_workspace_bytes", call)
     arguments = (call, x.float(), weight.float(), bias.float(), Output(y), room)
     kernels.run("launch_conv_relu", *arguments, order=order)
@@ -88,8 +90,10 @@ IN_FLIGHT = "which a cp.async of .* still owns"
 
 FORWARD = [
     Seeded("no_barrier_before_a_tap", HALO,
-           "        cp_async_wait<Tile::kStages - 2>();\n        __syncthreads();\n",
-           "        cp_async_wait<Tile::kStages - 2>();\n",
+           "          wait();\n          __syncthreads();\n", "          wait();\n",
+           f"race: |{IN_FLIGHT}|which nothing has written"),
+    Seeded("no_barrier_before_a_slab", HALO,
+           "            cp_async_wait<0>();\n            __syncthreads();\n", "            cp_async_wait<0>();\n",
            f"race: |{IN_FLIGHT}|which nothing has written"),
     Seeded("no_barrier_before_the_sums_are_staged", HALO,
            "    __syncthreads();                      // the others may still read", "    // the others may still read",
@@ -100,30 +104,35 @@ FORWARD = [
     Seeded("no_warp_barrier_after_staging", HALO,
            "    __syncwarp();\n    const auto staged", "    const auto staged",
            "race: reads dynamic shared memory|race: writes dynamic shared memory|which nothing has written"),
-    Seeded("no_wait_group", HALO, "        cp_async_wait<Tile::kStages - 2>();\n", "", IN_FLIGHT),
+    Seeded("no_wait_group", HALO, "          wait();\n", "", IN_FLIGHT),
+    Seeded("no_wait_group_before_a_slab", HALO, "            cp_async_wait<0>();\n", "", IN_FLIGHT),
     Seeded("wait_group_for_one_too_few", HALO,
-           "cp_async_wait<Tile::kStages - 2>();", "cp_async_wait<Tile::kStages - 1>();", IN_FLIGHT),
+           "cp_async_wait<kManyStages - 2>();", "cp_async_wait<kManyStages - 1>();", IN_FLIGHT),
+    Seeded("wait_group_for_one_too_few_of_few", HALO,
+           "cp_async_wait<kFewStages - 2>();", "cp_async_wait<kFewStages - 1>();", IN_FLIGHT),
     Seeded("no_commit", HALO,
            "shared + (kPatchBytes - patch));\n        cp_async_commit();",
            "shared + (kPatchBytes - patch));", IN_FLIGHT),
     Seeded("filter_into_the_slot_in_use", HALO,
-           "slot == 0 ? Tile::kStages - 1 : slot - 1", "slot",
+           "slot == 0 ? conv.stages - 1 : slot - 1", "slot",
            f"race: |{IN_FLIGHT}"),
     Seeded("patch_without_its_last_pixel", HALO,
            "number < tiling.patch_pixels * kRowChunks", "number < (tiling.patch_pixels - 1) * kRowChunks",
            "which nothing has written"),
     Seeded("filter_not_swizzled", HALO,
-           "cp_async_16(to + swizzled(i / kRowChunks, i % kRowChunks), from + i)",
-           "cp_async_16(to + i * 16, from + i)", WRONG_RESULT),
+           "slot * Tile::kTapBytes + swizzled(thread / kRowChunks, thread % kRowChunks);",
+           "slot * Tile::kTapBytes + thread * 16;", WRONG_RESULT),
     Seeded("channels_past_the_last", "conv_epilogues.cuh",
-           "K + k, v, K - k, aligned)", "K + k, v, 4, aligned)", "out of bounds: |race"),
+           "K, k), v, K - k, aligned)", "K, k), v, 4, aligned)", "out of bounds: |race"),
     Seeded("swapped_fragments_of_the_filter", "conv_math.cuh",
            "{pair[nt % 2 * 2], pair[nt % 2 * 2 + 1]}", "{pair[nt % 2 * 2 + 1], pair[nt % 2 * 2]}", WRONG_RESULT),
     Seeded("rows_of_the_wrong_half", "conv_math.cuh",
            "2 * step + (lane >> 4)", "2 * step + (lane >> 3 & 1)", WRONG_RESULT),
-    Seeded("border_one_row_low", "conv_tiling.cuh", "h >= 0 && h < H", "h >= 0 && h <= H",
+    Seeded("border_one_row_low", "conv_tiling.cuh",
+           "(h) < static_cast<unsigned>(H)", "(h) <= static_cast<unsigned>(H)",
            "out of bounds: reads 16 bytes, .* past the end"),
-    Seeded("border_one_column_right", "conv_tiling.cuh", "w >= 0 && w < W", "w >= 0 && w <= W",
+    Seeded("border_one_column_right", "conv_tiling.cuh",
+           "(w) < static_cast<unsigned>(W)", "(w) <= static_cast<unsigned>(W)",
            f"out of bounds: reads 16 bytes, .* past the end|{WRONG_RESULT}"),
     Seeded("one_channel_too_many", "conv_epilogues.cuh",
            "      if (i < count) p[i] = v[i];", "      if (i <= count) p[i] = v[i];",
@@ -186,7 +195,7 @@ def _compiled_together(request: pytest.FixtureRequest) -> None:
 
 def finding(run: Callable[[Kernels, Size, Order], None], kernels: Kernels, order: Order) -> str:
     """What is found wrong at the first size that shows it."""
-    for size in (WIDE, NARROW, ALONE, PICTURES):
+    for size in (WIDE, NARROW, ALONE, PICTURES, MIDDLE):
         try:
             run(kernels, size, order)
         except (Fault, AssertionError) as fault:

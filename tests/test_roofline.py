@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import cuda_emulator
 import pytest
+from cuda_resources import ADDRESS, TYPES, ConvCall, ConvSize
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -63,6 +65,34 @@ def test_wgmma_would_save_a_fifth_of_a_step_at_most(roofline: ModuleType) -> Non
     assert len(rows) == len(roofline.PRECISIONS) * len(roofline.BATCHES)
     for line in rows:
         assert 0.10 <= float(line.split("|")[-2].strip().removesuffix("%")) / 100 <= 0.20
+
+
+@pytest.mark.skipif(
+    not cuda_emulator.has_compiler(), reason="launches are recorded with g++, addr2line and nm"
+)
+def test_tiles_are_those_of_the_launchers(roofline: ModuleType, forward: cuda_emulator.Kernels) -> None:
+    """In bf16, where each layer but the first has a block a tile and 128 channels, or keeps no filter."""
+    for conv in roofline.convolutions(32)[2:]:
+        P, Q = conv.H - 2, conv.W - 2
+        size = ConvSize(conv.N, conv.H, conv.W, conv.C, conv.K, 0, P, Q)
+        call = ConvCall(size, *TYPES["bfloat16"], 108, 100 * 1024)
+        for name, pointers, pooled in (
+            ("launch_conv_relu", 5, False),
+            ("launch_conv_relu_max_pool", 6, True),
+        ):
+            *_, launch = forward.record(name, call, *[ADDRESS] * pointers)
+            tiles, _ = roofline.tiling(conv.N, P, Q, pooled)
+            assert launch.grid[0] == tiles * -(-conv.K // 128), f"{conv.name}, {name}"
+
+
+def test_the_kernels_that_the_page_names_are_compiled(roofline: ModuleType) -> None:
+    if not roofline.TABLE.exists():
+        pytest.skip("docs/ is not in this copy of the sources")
+    for precision in roofline.PRECISIONS:
+        for work, kernel in roofline.passes(32, precision):
+            for gpu in roofline.GPUS:
+                share, bound = roofline.share_of_roof(work, kernel, gpu)
+                assert 0.0 < share <= 1.0, f"{work.conv.name}, {work.name}, {gpu.name}: {share:.2f} {bound}"
 
 
 def test_the_page_is_what_the_script_writes(roofline: ModuleType) -> None:
