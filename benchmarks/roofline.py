@@ -729,11 +729,13 @@ Where it is less:
 - Filters' gradients, on an A100 and an H100: a step has few products beside the addresses of their operands and an
   item, whose mask, rounding and bias are computed; a warp's 32 x 72 sums leave no registers to keep any of it. On an
   RTX, with a quarter of an A100's tensor cores a multiprocessor, they do not hold the others up.
-- Backward-data on an H100: of two tensors a patch, and of 128 channels and more, or in TF32, the filter with each tile
-  of 128 pixels, come through L2. Larger tiles would need wgmma's registers.
+- Backward-data on an H100: a patch is made of two tensors, and of 128 channels and more, or in TF32, each tile of 128
+  pixels reads the filter again, all through L2. Larger tiles would need wgmma's registers.
+- Forward on an H100: fragments come through shared memory, which mma.sync reads again for each warp; in TF32 at 64
+  channels the filter, which does not stay, comes through L2.
 - The last block at batch 32: one or two rounds of tiles, of which the last is not full.
 
-So a training step, in images a second, as expected above / where no kernel is faster than this leaves it:
+Images a second of a training step, as expected above / if each kernel takes at least as long as its busiest unit:
 
 """
 

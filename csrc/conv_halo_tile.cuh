@@ -21,9 +21,9 @@
 //   Middle, up to 72 KB  of 64 x 64 in bf16, 32 x 64 in TF32, where a multiprocessor holds two blocks with so
 //                        much: sm_90 and sm_100. Streamed, a tile of 64 x 64 takes 72 + 23 KB through L2, 95,
 //                        for 4.7 M products: 2,304 cycles of an sm_90's tensor cores (42 bytes a cycle, where
-//                        its L2 gives a multiprocessor 24), 4,608 of an sm_80's (21 of 30), 18,432 of an
-//                        sm_89's (5 of 16). So on an sm_90 L2 would keep it at 57 % of the tensor cores, at
-//                        46 % with two tensors to read, and nowhere else. In TF32 64 x 64 are 144 KB, which
+//                        its L2 gives a multiprocessor 23), 4,608 of an sm_80's (21 of 30), 18,432 of an
+//                        sm_89's (5 of 16). So on an sm_90 L2 would keep it at 54 % of the tensor cores, at
+//                        43 % with two tensors to read, and nowhere else. In TF32 64 x 64 are 144 KB, which
 //                        leave room for one block of four warps: streamed
 //
 // Budget

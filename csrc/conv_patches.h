@@ -259,7 +259,8 @@ class RecomputedActivation {
   }
 
  private:
-  static constexpr int64_t kRows = 8;  // a tile reads 6; a power of two
+  static constexpr int64_t kRows = 8;  // a tile reads 6 or 8; a power of two
+  static_assert(kRows >= F6::kIn);
 
   ConvShape s_;
   Activation x_;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "conv_direct.h"
 #include "conv_winograd.h"
@@ -17,8 +16,7 @@ const typename Operands::Element* forward_filters(const ConvShape& s, const floa
                                                   const float* transformed) {
   const FilterShape f = FilterShape::forward(s.K, s.C);
   if (transformed == nullptr) return transform_filters<Operands, F>(weight, f);
-  const int64_t begin = std::is_same_v<F, F4> ? 0 : f.widest_floats<F4>();
-  return reinterpret_cast<const typename Operands::Element*>(transformed + begin);
+  return reinterpret_cast<const typename Operands::Element*>(transformed + f.kept_begin<F>());
 }
 
 /// y [N,P,Q,K] = max(conv(input, weight) + bias, 0)
@@ -46,11 +44,11 @@ struct PoolOutput {
   int64_t P, Q, K;
   const float* bias;
 
-  template <class Lanes, int kOut>
-  void save(int64_t, const Tile& tile, int64_t k, Lanes lanes, const Vec (&y_tile)[kOut][kOut]) const {
+  template <class Lanes, int kSize>
+  void save(int64_t, const Tile& tile, int64_t k, Lanes lanes, const Vec (&y_tile)[kSize][kSize]) const {
     const Vec b = load(bias + k, lanes);
     const int64_t first = ((tile.n * P + tile.p / 2) * Q + tile.q / 2) * K + k;
-    for_each_output<kOut, 2>(tile, [&](int64_t i, int64_t j) {
+    for_each_output<kSize, 2>(tile, [&](int64_t i, int64_t j) {
       const Vec window[4] = {relu(y_tile[2 * i][2 * j] + b), relu(y_tile[2 * i][2 * j + 1] + b),
                              relu(y_tile[2 * i + 1][2 * j] + b), relu(y_tile[2 * i + 1][2 * j + 1] + b)};
       const Pooled pooled = max_pool_window(window);

@@ -19,25 +19,18 @@
 namespace maskcore {
 namespace {
 
-/// Floats of transform_filter's result.
-int64_t transformed_floats(const FilterShape& f) {
-  return f.widest_floats<F4>() + (f.rows <= kMostF6Channels ? f.widest_floats<F6>() : 0);
-}
-
-/// The filters of Winograd's forward pass, for calls that have the same weight and precision: those of
-/// F(4x4, 3x3) and, where use_f6 may choose it, those of F(6x6, 3x3) behind them.
+/// The filters of Winograd's forward pass, for calls that have the same weight and precision.
 Tensor transform_filter_cpu(const Tensor& weight, const std::string& precision) {
   check_tensor(weight, "weight", {kAny, kAny, 3, 3});
   const FilterShape f = FilterShape::forward(weight.size(0), weight.size(1));
-  const int64_t floats = transformed_floats(f), begin_6 = f.widest_floats<F4>();
-  Tensor transformed = torch::stable::new_empty(weight, {floats});
+  Tensor transformed = torch::stable::new_empty(weight, {f.kept_floats()});
   const float* w = weight.const_data_ptr<float>();
   float* out = transformed.mutable_data_ptr<float>();
-  std::fill(out, out + floats, 0.0f);
+  std::fill(out, out + f.kept_floats(), 0.0f);
   with_operands(parse_precision(precision), [&]<class Operands>() {
     transform_filters<Operands, F4>(w, f, reinterpret_cast<typename Operands::Element*>(out));
     if constexpr (std::is_same_v<Operands, Float32>) {
-      if (floats > begin_6) transform_filters<Operands, F6>(w, f, out + begin_6);
+      if (f.keeps_f6()) transform_filters<Operands, F6>(w, f, out + f.kept_begin<F6>());
     }
   });
   return transformed;
@@ -46,7 +39,7 @@ Tensor transform_filter_cpu(const Tensor& weight, const std::string& precision) 
 /// The data of transform_filter(weight, precision), or null.
 const float* transformed_data(const std::optional<Tensor>& transformed, const ConvShape& s) {
   if (!transformed.has_value()) return nullptr;
-  check_tensor(*transformed, "transformed", {transformed_floats(FilterShape::forward(s.K, s.C))});
+  check_tensor(*transformed, "transformed", {FilterShape::forward(s.K, s.C).kept_floats()});
   return transformed->const_data_ptr<float>();
 }
 

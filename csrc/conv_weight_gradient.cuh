@@ -13,7 +13,7 @@
 // Two buffers: the next tile arrives, one 16-byte item a thread and step, while this one's kSteps steps are
 // multiplied. One barrier a tile: 5 steps of 18 products of 8 cycles (sm_80; 4 on sm_90) for each of a
 // scheduler's four warps, 2,880 cycles or 1,440, into which memory's latency of about 700 fits. A third
-// buffer would be 22 KB more, and one block of 100 KB, for nothing.
+// buffer would be 22 KB more, and leave one block in 100 KB, for nothing.
 //
 // Split-K: the tiles are shared out to `splits` blocks in ranges fixed by the shape and the GPU; each writes
 // its sums to a workspace [splits][9][K][C], which are then added in the order of the splits, so that the

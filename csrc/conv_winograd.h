@@ -34,9 +34,9 @@
 namespace maskcore {
 
 // F(6x6) is for the forward pass, of float32 operands, of so many channels at most: its rounding error is 4
-// times F(4x4)'s and grows with the root of the channels, to 2.7e-6 of the result (root mean square) here. It
-// takes 10 % less time in inference.
-inline constexpr int64_t kMostF6Channels = 64;
+// times F(4x4)'s and grows with the root of the channels, to 2.7e-6 of the result (root mean square) at 64.
+// Inference takes 10 % less time with it.
+inline constexpr int64_t kMostF6Channels = 64;  // ops.py knows this number too
 
 /// MASKCORE_CONV, to compare the ways: empty, direct, winograd, or winograd4 and winograd6 with tiles of that
 /// size wherever they are offered.
@@ -72,7 +72,7 @@ inline bool use_winograd(const ConvShape& s) {
 }
 
 /// Whether the forward pass has tiles of 6x6 outputs. The transforms' figures are cycles a tile and vector,
-/// measured on Zen 4, which does one multiply-add a cycle and lane: its larger vectors gain least by them.
+/// measured on Zen 4, which does one multiply-add a cycle and lane.
 inline bool use_f6(const ConvShape& s, int64_t P, int64_t Q) {
   const std::string_view way = wanted_way();
   if (s.C > kMostF6Channels || way == "winograd4") return false;
@@ -111,6 +111,14 @@ struct FilterShape {
   int64_t widest_floats() const {
     return F::kComponents * (rows * ceil_div(columns, 32) + 1) * 32;
   }
+
+  // The filters of the forward pass that are kept: F(4x4)'s, and where use_f6 may choose it F(6x6)'s behind.
+  template <class F>
+  int64_t kept_begin() const {
+    return std::is_same_v<F, F4> ? 0 : widest_floats<F4>();
+  }
+  bool keeps_f6() const { return rows <= kMostF6Channels; }
+  int64_t kept_floats() const { return widest_floats<F4>() + (keeps_f6() ? widest_floats<F6>() : 0); }
 
   static FilterShape forward(int64_t K, int64_t C) {
     return {.rows = C, .columns = K, .row_stride = kTaps, .column_stride = C * kTaps};
@@ -195,14 +203,14 @@ void with_tiles(const ConvShape& s, int64_t P, int64_t Q, Precision precision, c
   });
 }
 
-/// visit(i, j) for the outputs of a tile in steps of kStep whole ones; of a whole tile without loops.
-template <int kOut, int kStep = 1, class Visit>
+/// visit(i, j) for the whole kStep x kStep windows of a tile's outputs; unrolled where the tile is whole.
+template <int kSize, int kStep = 1, class Visit>
 inline MASKCORE_INLINE void for_each_output(const Tile& tile, const Visit& visit) {
-  if (tile.height == kOut && tile.width == kOut) {
+  if (tile.height == kSize && tile.width == kSize) {
 #pragma GCC unroll 6
-    for (int i = 0; i < kOut / kStep; ++i) {
+    for (int i = 0; i < kSize / kStep; ++i) {
 #pragma GCC unroll 6
-      for (int j = 0; j < kOut / kStep; ++j) visit(i, j);
+      for (int j = 0; j < kSize / kStep; ++j) visit(i, j);
     }
   } else {
     for (int64_t i = 0; i < tile.height / kStep; ++i) {
@@ -456,11 +464,11 @@ struct StoreOutput {
   const float* bias;
   bool streamed = streams(y, K, N * P * Q * K);
 
-  template <class Lanes, int kOut>
-  void save(int64_t, const Tile& tile, int64_t k, Lanes lanes, const Vec (&y_tile)[kOut][kOut]) const {
+  template <class Lanes, int kSize>
+  void save(int64_t, const Tile& tile, int64_t k, Lanes lanes, const Vec (&y_tile)[kSize][kSize]) const {
     const Vec b = load(bias + k, lanes);
     float* out = y + ((tile.n * P + tile.p) * Q + tile.q) * K + k;
-    for_each_output<kOut>(tile, [&](int64_t i, int64_t j) {
+    for_each_output<kSize>(tile, [&](int64_t i, int64_t j) {
       const Vec sum = y_tile[i][j] + b, v = kRelu ? relu(sum) : sum;
       if (streamed) {
         stream(out + (i * Q + j) * K, v);
@@ -473,7 +481,7 @@ struct StoreOutput {
 
 // ---- backward --------------------------------------------------------------------------------
 
-// All of it is F(4x4, 3x3).
+// The backward pass is F(4x4, 3x3) throughout.
 inline constexpr int kOut = F4::kOut, kIn = F4::kIn, kComponents = F4::kComponents;
 
 // Two ways to share the work out. Where dU is small, the rows of tiles are cut into pieces, each with a dU of
@@ -482,9 +490,10 @@ inline constexpr int kOut = F4::kOut, kIn = F4::kIn, kComponents = F4::kComponen
 // image and a panel of channels at a time. On Zen 4 at batch 8 the first takes 21 ms for 128 -> 128 channels
 // where the second takes 26, and 23 ms for 256 -> 256 where the second takes 17.
 inline constexpr int64_t kPieceBytes = 2560 * 1024;  // the largest dU of a piece
-// Pieces: at most so many, and so few that all their dU together are a sixth of what V and dM take in all.
-// They depend on the shape alone, not on the threads.
+// Pieces: at most so many, and so few that all their dU together are about a sixth of what V and dM take in
+// all; an even number, for two cores. They depend on the shape alone, not on the threads.
 inline constexpr int64_t kMostPieces = 16, kLeastPieces = 2;
+static_assert(kMostPieces % 2 == 0);
 inline constexpr int64_t kBatchBytes = 8 * 1024 * 1024;  // V and dM of a batch
 // Tiles that a register tile sums at once: both panels, 2 * 4 * kTileColumns bytes a tile, lie in L1.
 inline constexpr int64_t kSumTiles = 128;
@@ -694,7 +703,7 @@ class WinogradBackward {
     const int64_t tile_floats = kComponents * (s_.C + s_.K);
     const int64_t afforded =
         std::clamp(grid_.tiles * tile_floats / (6 * du_floats_), kLeastPieces, kMostPieces);
-    const int64_t even = afforded + afforded % 2;  // for two cores
+    const int64_t even = afforded + afforded % 2;
     const int64_t pieces = in_pieces ? std::min(grid_.N * grid_.rows, even) : 1;
     const int64_t sums = in_pieces ? pieces : ceil_div(grid_.tiles, kGroupTiles);
     du_ = workspace(Purpose::kPartial, pieces * du_floats_);

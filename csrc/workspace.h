@@ -40,7 +40,7 @@ inline float* workspace(Purpose purpose, int64_t floats) {
   };
   thread_local Buffer buffers[static_cast<size_t>(Purpose::kCount)];
   Buffer& buffer = buffers[static_cast<size_t>(purpose)];
-  // Large buffers are asked to be of huge pages: the 36 components of a tile lie in 36 places.
+  // Large buffers are asked to be of huge pages: a tile's 36 or 64 components lie in as many places.
   constexpr size_t kLine = 64, kHugePage = 2 * 1024 * 1024;
   const size_t wanted = static_cast<size_t>(floats) * sizeof(float);
   if (wanted > buffer.bytes) {

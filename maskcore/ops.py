@@ -64,8 +64,8 @@ def _output_size(H: int, W: int, padding: int) -> tuple[int, int]:
 def transform_filter(weight: Tensor, precision: Precision = "ieee") -> Tensor:
     """The filters in the Winograd domain, to be given to :func:`conv_relu` again and again.
 
-    weight ``[K, C, 3, 3]`` float32 -> an opaque tensor of 4 times the size, of up to 64 input channels 11 times, for
-    this processor's kernels and this precision only: not to be stored.
+    weight ``[K, C, 3, 3]`` float32 -> an opaque tensor of 4 times the size, or 11 times for up to 64 input channels,
+    for this processor's kernels and this precision only: not to be stored.
     """
     return _ops.transform_filter(weight.contiguous(), precision)
 
@@ -88,8 +88,9 @@ def conv_relu(
     """3x3 stride-1 convolution, bias and ReLU in one pass.
 
     Large enough shapes are computed by Winograd's F(4x4, 3x3), with about five times the rounding error of a
-    direct convolution (1e-6 of the result), or of up to 64 channels by F(6x6, 3x3) (3e-6); there a NaN or an
-    infinity in x may make NaN of any output of the 4x4 or 6x6 tiles whose inputs it lies in.
+    direct convolution (1e-6 of the result); forward, without bfloat16 products and of up to 64 input channels,
+    by F(6x6, 3x3) (3e-6). There a NaN or an infinity in x may make NaN of any output of the 4x4 or 6x6 tiles
+    whose inputs it lies in.
 
     Args:
         x: ``[N, C, H, W]`` float32, channels_last for speed.

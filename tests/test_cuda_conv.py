@@ -108,11 +108,13 @@ CALL = np.dtype(
 )
 
 
-def conv_call(s: Size, kind: Kind, shared_bytes: int = AMPLE) -> np.ndarray:
+def conv_call(
+    s: Size, kind: Kind, shared_bytes: int = AMPLE, multiprocessors: int = MULTIPROCESSORS
+) -> np.ndarray:
     """A ConvCall of csrc/conv_size.h."""
     dtype = [torch.float32, torch.bfloat16].index(kind.dtype)
     precision = PRECISIONS.index(kind.precision)
-    return np.array([(*s, s.P, s.Q, dtype, precision, MULTIPROCESSORS, shared_bytes)], CALL)
+    return np.array([(*s, s.P, s.Q, dtype, precision, multiprocessors, shared_bytes)], CALL)
 
 
 def workspace(kernels: cuda_emulator.Kernels, name: str, call: np.ndarray, *sizes: int) -> Workspace:
@@ -227,11 +229,25 @@ def test_conv_relu_max_pool_whole_numbers(forward: cuda_emulator.Kernels, s: Siz
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("s", SIZES, ids=IDS)
 def test_conv_relu_backward_whole_numbers(backward: cuda_emulator.Kernels, s: Size, kind: str) -> None:
+    check_backward_whole_numbers(backward, s, kind, MULTIPROCESSORS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_filter_gradient_in_several_splits_of_several_tiles(
+    backward: cuda_emulator.Kernels, kind: str
+) -> None:
+    """16 blocks: up to 4 splits for each of 2 x 2 tiles of channels."""
+    check_backward_whole_numbers(backward, Size(2, 9, 18, 40, 65, 1), kind, 8)
+
+
+def check_backward_whole_numbers(
+    backward: cuda_emulator.Kernels, s: Size, kind: str, multiprocessors: int
+) -> None:
     k = KINDS[kind]
     x, weight = whole(s.N, s.H, s.W, s.C), whole(s.K, s.C, 3, 3)
     dy, y = whole(s.N, s.P, s.Q, s.K), F.relu(whole(s.N, s.P, s.Q, s.K))
     dx, dweight, dbias = torch.empty(x.shape, dtype=k.dtype), torch.empty(weight.shape), torch.empty(s.K)
-    call = conv_call(s, k)
+    call = conv_call(s, k, multiprocessors=multiprocessors)
     room = workspace(backward, "conv_relu_backward_workspace_bytes", call)
     memory = (call, dy.to(k.dtype), x.to(k.dtype), weight.float(), y.to(k.dtype))
     backward.run("launch_conv_relu_backward", *memory, Output(dx), Output(dweight), Output(dbias), room)

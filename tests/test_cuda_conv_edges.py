@@ -252,7 +252,7 @@ def test_results_may_lie_anywhere(forward: Kernels, batch_norm: Kernels, kind: s
 @pytest.mark.parametrize("C", [8, 3])
 def test_convolutions_count_elements_in_64_bits(forward: Kernels, C: int, pool: bool) -> None:
     """The first and the last block of the launch on sparse memory; x and, unless pooled, y have more than 2^31
-    elements. The gradients' kernels take their addresses from the same functions (Tiling, Pixel::number)."""
+    elements. The gradients' kernels take their addresses from the same functions (Tiling, Pixel::element)."""
     K = 8
     s = Size(2**31 // (4 * 64 * C) + 1, 4, 64, C, K, 1)
     x = cuda_emulator.sparse((s.N, s.H, s.W, C), "float32")

@@ -79,8 +79,9 @@ PIECES = [Case(1, 2, K, 7, 9, 1) for K in (63, 64, 65, 129)]
 PIECES += [Case(N, 2, 3, P, 4, 1) for N, P in ((1, 31), (1, 32), (1, 33), (3, 11), (5, 13))]
 PIECES += [Case(1, 1, 2049, 4, 4, 0)]
 PIXELS = [Case(1, 2, 3, 3 + 2, Q + 2, 0) for Q in (63, 64, 65, 85, 86, 127, 128, 129, 255, 256, 257)]
-# Winograd (csrc/conv_winograd.h): tiles of 4x4 outputs, whole and cut; 16 pieces of tile rows, with one image and
-# with pieces that start within one; the shared weight gradient (36 C K floats above 1 MiB), in one batch and several.
+# Winograd (csrc/conv_winograd.h): tiles of 4x4 or 6x6 outputs, whole and cut; 16 pieces of tile rows, with one image
+# and with pieces that start within one; the shared weight gradient (36 C K floats above 1 MiB), in one batch and
+# several.
 TILES = [Case(1, 3, 5, P + 2, Q + 2, 0) for P, Q in ((4, 4), (5, 8), (8, 7), (6, 3), (12, 13))]
 TILES += [Case(1, 9, 8, 70, 5, 0), Case(3, 5, 9, 30, 11, 1), Case(5, 2, 3, 31, 9, 0)]
 TILES += [Case(2, 96, 80, 12, 14, 1), Case(1, 70, 130, 9, 7, 0), Case(4, 97, 83, 40, 42, 0)]
@@ -263,6 +264,22 @@ def test_layers_of_the_networks(layer: str, as_exact_as_torch: Callable[..., Non
 def test_full_size_layers(layer: str, as_exact_as_torch: Callable[..., None]) -> None:
     name, at = FULL_SIZE[layer]
     check_convolution(name, at, as_exact_as_torch)
+
+
+@pytest.mark.usefixtures("direct")
+def test_outputs_that_are_written_past_the_caches() -> None:
+    """8 MiB and more, which are 2^21 numbers: 2 * 182 * 182 * 32 forward, 2 * 184 * 184 * 32 backward."""
+    for C in (3, 32):
+        inputs = {
+            "x": torch.randn(2, C, 184, 184),
+            "weight": torch.randn(32, C, 3, 3),
+            "bias": torch.randn(32),
+        }
+        dy = torch.randn(2, 32, 182, 182) * decided("conv_relu", inputs, 0)
+        expected = forward_backward(ops.conv_relu_reference, inputs, 0, dy)
+        for key, found in forward_backward(ops.conv_relu, inputs, 0, dy).items():
+            limit = 1e-4 * relative(expected[key])
+            torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=limit)
 
 
 @pytest.mark.usefixtures("algorithm")

@@ -71,7 +71,7 @@ def test_wgmma_would_save_a_fifth_of_a_step_at_most(roofline: ModuleType) -> Non
     not cuda_emulator.has_compiler(), reason="launches are recorded with g++, addr2line and nm"
 )
 def test_tiles_are_those_of_the_launchers(roofline: ModuleType, forward: cuda_emulator.Kernels) -> None:
-    """In bf16, where each layer but the first has a block a tile and 128 channels, or keeps no filter."""
+    """In bf16, on 100 KB, where no layer behind the first two keeps its filter: a block a tile and 128 channels."""
     for conv in roofline.convolutions(32)[2:]:
         P, Q = conv.H - 2, conv.W - 2
         size = ConvSize(conv.N, conv.H, conv.W, conv.C, conv.K, 0, P, Q)
