@@ -72,7 +72,7 @@ struct ConvTile {
   float* y;  // the tile's first output; pixels are K apart
   int64_t K;
   int64_t lanes;  // output channels of this panel, 1..kTileColumns
-  bool streamed;  // past the caches
+  bool streamed;  // whole vectors that went through ReLU are written past the caches
 };
 
 /// M pixels times kTileColumns output channels: M * 2 accumulators + 2 of w + 1 of x.
@@ -90,25 +90,27 @@ void conv_tile(const ConvTile& t) {
     const float* x = t.x + r * t.pitch;
     for (int64_t sc = 0; sc < 3 * t.C; ++sc, w += kTileColumns) tile_step<M>(acc, x + sc, t.C, w);
   }
+  // Without a branch for each vector where it can be: the first layer's 27 steps are few.
+  const auto save = [&](const auto& put) {
 #pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) {
+    for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kTileVectors; ++j) {
-      const Vec y = t.relu ? relu(acc[i][j]) : acc[i][j];
-      float* out = t.y + i * t.K + j * kLanes;
-      if (t.streamed && t.lanes > j * kLanes) {
-        stream(out, y);
-      } else {
-        store(out, y, t.lanes - j * kLanes);
-      }
+      for (int j = 0; j < kTileVectors; ++j) put(t.y + i * t.K + j * kLanes, acc[i][j], j);
     }
+  };
+  if (t.lanes < kTileColumns || !t.relu) {
+    save([&](float* out, Vec sum, int j) { store(out, t.relu ? relu(sum) : sum, t.lanes - j * kLanes); });
+  } else if (t.streamed) {
+    save([](float* out, Vec sum, int) { stream(out, relu(sum)); });
+  } else {
+    save([](float* out, Vec sum, int) { store(out, relu(sum)); });
   }
 }
 
 /// y[n,p,q,:] for every n and the first `P`, `Q` rows and columns of the output.
 ///   source    rows of the unpadded input
 ///   filter    pack_filter(...)
-///   streamed  whether every vector of the output may be written past the caches
+///   streamed  whether the output, which goes through ReLU, may be written past the caches
 ///   out_row   (n, p, slot) -> float*: where row p of image n goes, [Q][K]; slot = p - the block's first row
 ///   finish    (n, begin, end): called when rows [begin, end) of image n are complete
 template <class Source, class OutRow, class Finish>
@@ -159,7 +161,7 @@ void convolve_backward_data(const ConvShape& s, const Gradient& gradient, const 
   const ConvShape b = s.backward_data();
   const float* filter = pack_filter(weight, b, /*turned=*/true);
   convolve(
-      b, s.H, s.W, gradient, filter, nullptr, false, streams(dx, s.C, s.N * s.H * s.W * s.C),
+      b, s.H, s.W, gradient, filter, nullptr, /*relu=*/false, /*streamed=*/false,
       [=](int64_t n, int64_t h, int64_t) { return dx + (n * s.H + h) * s.W * s.C; },
       [](int64_t, int64_t, int64_t) {});
 }

@@ -112,7 +112,7 @@ struct FilterShape {
     return F::kComponents * (rows * ceil_div(columns, 32) + 1) * 32;
   }
 
-  // The filters of the forward pass that are kept: F(4x4)'s, and where use_f6 may choose it F(6x6)'s behind.
+  /// The filters of the forward pass that are kept: F(4x4)'s, and where use_f6 may choose it F(6x6)'s behind.
   template <class F>
   int64_t kept_begin() const {
     return std::is_same_v<F, F4> ? 0 : widest_floats<F4>();

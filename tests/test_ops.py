@@ -268,7 +268,7 @@ def test_full_size_layers(layer: str, as_exact_as_torch: Callable[..., None]) ->
 
 @pytest.mark.usefixtures("direct")
 def test_outputs_that_are_written_past_the_caches() -> None:
-    """8 MiB and more, which are 2^21 numbers: 2 * 182 * 182 * 32 forward, 2 * 184 * 184 * 32 backward."""
+    """8 MiB and more, which are 2^21 numbers: 2 * 182 * 182 * 32."""
     for C in (3, 32):
         inputs = {
             "x": torch.randn(2, C, 184, 184),
