@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "conv_backward.h"
-#include "conv_direct.h"
+#include "conv_first_layer.h"
 #include "conv_winograd.h"
 #include "shapes.h"
 #include "tasks.h"
@@ -151,8 +151,8 @@ inline void convolve_for_batch_norm(const ConvShape& s, Precision precision, con
   } else {
     Moments moments(rows, s.K);
     std::fill(moments.pixels.begin(), moments.pixels.end(), s.Q);
-    convolve(
-        s, s.P, s.Q, input, pack_filter(weight, s, /*turned=*/false), bias, /*relu=*/false,
+    convolve_forward(
+        s, s.P, s.Q, input, weight, bias, /*relu=*/false,
         /*streamed=*/false, [=](int64_t n, int64_t p, int64_t) { return z + (n * s.P + p) * row_floats; },
         [&](int64_t n, int64_t begin, int64_t end) {
           for (int64_t row = n * s.P + begin; row < n * s.P + end; ++row) {

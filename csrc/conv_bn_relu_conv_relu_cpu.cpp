@@ -218,9 +218,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_relu_conv_rel
   if (!need_dx) return {dx_tensor(), dweight1, dgamma, dbeta, dweight2, dbias2};
   Tensor z_again = gradient_tensor(), dx = dx_tensor();
   float* z_data = z_again.mutable_data_ptr<float>();
-  convolve(
-      s1, s1.P, s1.Q, Activation{x_data, s1.H, s1.W, s1.C}, pack_filter(weight1_data, s1, /*turned=*/false),
-      bias1_data, /*relu=*/false, /*streamed=*/false,
+  convolve_forward(
+      s1, s1.P, s1.Q, Activation{x_data, s1.H, s1.W, s1.C}, weight1_data, bias1_data, /*relu=*/false,
+      /*streamed=*/false,
       [=](int64_t n, int64_t p, int64_t) { return z_data + (n * s1.P + p) * s1.Q * s1.K; },
       [](int64_t, int64_t, int64_t) {});
   convolve_backward_data(s1, bn.source(d->const_data_ptr<float>(), z_data, affine, mean_data, s1),

@@ -107,6 +107,15 @@ void conv_tile(const ConvTile& t) {
   }
 }
 
+/// A row of Q outputs; x and y are those of its first pixel.
+inline void conv_row(ConvTile t, const float* x, float* y, int64_t Q) {
+  for_each_tile(Q, [&]<int M>(int64_t q) {
+    t.x = x + q * t.C;
+    t.y = y + q * t.K;
+    conv_tile<M>(t);
+  });
+}
+
 /// y[n,p,q,:] for every n and the first `P`, `Q` rows and columns of the output.
 ///   source    rows of the unpadded input
 ///   filter    pack_filter(...)
@@ -127,24 +136,18 @@ void convolve(const ConvShape& s, int64_t P, int64_t Q, const Source& source, co
       const float* x = padded_rows(source, s.padding, n, first, last + 2, scratch);
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t k = panel * kTileColumns;
+        const ConvTile t{.x = nullptr,
+                         .pitch = pitch,
+                         .C = s.C,
+                         .w = filter + k * kTaps * s.C,
+                         .bias = bias == nullptr ? nullptr : bias + k,
+                         .relu = relu,
+                         .y = nullptr,
+                         .K = s.K,
+                         .lanes = std::min<int64_t>(kTileColumns, s.K - k),
+                         .streamed = streamed};
         for (int64_t p = first; p < last; ++p) {
-          ConvTile t{.x = nullptr,
-                     .pitch = pitch,
-                     .C = s.C,
-                     .w = filter + k * kTaps * s.C,
-                     .bias = bias == nullptr ? nullptr : bias + k,
-                     .relu = relu,
-                     .y = nullptr,
-                     .K = s.K,
-                     .lanes = std::min<int64_t>(kTileColumns, s.K - k),
-                     .streamed = streamed};
-          const float* x_row = x + (p - first) * pitch;
-          float* y_row = out_row(n, p, p - first) + k;
-          for_each_tile(Q, [&]<int M>(int64_t q) {
-            t.x = x_row + q * s.C;
-            t.y = y_row + q * s.K;
-            conv_tile<M>(t);
-          });
+          conv_row(t, x + (p - first) * pitch, out_row(n, p, p - first) + k, Q);
         }
       }
       finish(n, first, last);

@@ -14,10 +14,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "batch_norm.h"
 #include "conv_direct.h"
+#include "conv_first_layer.h"
 #include "shapes.h"
 #include "sources.h"
 #include "tasks.h"
@@ -25,8 +27,9 @@
 
 namespace maskcore {
 
-inline constexpr int64_t kMostPatchChannels = 3;  // 9 * 3 + 1 = 28 <= kPatch; ops.py knows this number too
+inline constexpr int64_t kMostPatchChannels = kMostFirstLayerChannels;  // ops.py knows this number too
 inline constexpr int64_t kPatch = 32;
+static_assert(kTaps * kMostPatchChannels + 1 <= kPatch);
 // Pixels of a product: their rows of P and of g, 2 * 128 * 32 * 4 = 32 KB, lie in L1 or just behind it.
 inline constexpr int64_t kPatchPixels = 128;
 
@@ -204,7 +207,8 @@ class RecomputedActivation {
     for (int64_t i = 0; i < static_cast<int64_t>(folded.size()); ++i) {
       folded[static_cast<size_t>(i)] *= affine.scale[static_cast<size_t>(i / (kTaps * s.C))];
     }
-    filter_ = pack_filter(folded.data(), s, /*turned=*/false, Purpose::kPackedFilter);
+    filter_ = transformed_ ? transform_rows_of_filter(folded.data(), s, Purpose::kPackedFilter)
+                           : pack_filter(folded.data(), s, /*turned=*/false, Purpose::kPackedFilter);
     bias_.resize(static_cast<size_t>(s.K));
     for (size_t k = 0; k < bias_.size(); ++k)
       bias_[k] = affine.scale[k] * (bias[k] - mean[k]) + affine.beta[k];
@@ -215,12 +219,13 @@ class RecomputedActivation {
   void hold(int64_t n, int64_t begin, int64_t end) {
     if (rows_ == nullptr) {
       rows_ = workspace(Purpose::kHeldRows, kRows * W * C);
+      ahead_.emplace(s_);
       std::fill_n(held_, kRows, int64_t{-1});
     }
     for (int64_t h = std::max<int64_t>(0, begin); h < std::min(H, end); ++h) {
       int64_t& held = held_[h & (kRows - 1)];
       if (held == n * H + h) continue;
-      compute_row(n, h, rows_ + (h & (kRows - 1)) * W * C);
+      compute_row(*ahead_, n, h, rows_ + (h & (kRows - 1)) * W * C);
       held = n * H + h;
     }
   }
@@ -240,7 +245,14 @@ class RecomputedActivation {
   }
   const ConvShape& shape() const { return s_; }
 
-  void compute_row(int64_t n, int64_t h, float* out) const {
+  /// `ahead` holds what neighbouring rows share.
+  void compute_row(TransformedRows& ahead, int64_t n, int64_t h, float* out) const {
+    if (transformed_) {
+      ahead.hold(x_, n, h);
+      convolve_row(ahead, h, filter_, s_.C,
+                   {.bias = bias_.data(), .relu = true, .streamed = false, .Q = W, .K = C, .y = out});
+      return;
+    }
     ConvTile t{};
     t.C = s_.C;
     t.relu = true;
@@ -250,11 +262,7 @@ class RecomputedActivation {
       t.w = filter_ + k * kTaps * s_.C;
       t.bias = bias_.data() + k;
       t.lanes = std::min<int64_t>(kTileColumns, C - k);
-      for_each_tile(W, [&]<int M>(int64_t q) {
-        t.x = x + q * s_.C;
-        t.y = out + q * C + k;
-        conv_tile<M>(t);
-      });
+      conv_row(t, x, out + k, W);
     }
   }
 
@@ -263,15 +271,18 @@ class RecomputedActivation {
   static_assert(kRows >= F6::kIn);
 
   ConvShape s_;
+  bool transformed_ = is_first_layer(s_);
   Activation x_;
   const float* filter_;
   std::vector<float> bias_;
   float* rows_ = nullptr;  // the thread's [kRows][W][C], row h in slot h % kRows
   int64_t held_[kRows];
+  std::optional<TransformedRows> ahead_;  // the thread's
 };
 
 inline void load_row(const RecomputedActivation& source, int64_t n, int64_t h, float* out) {
-  source.compute_row(n, h, out);
+  TransformedRows ahead(source.shape());
+  source.compute_row(ahead, n, h, out);
 }
 
 /// What becomes of a row of the gradient at a RecomputedActivation (StoreRows): it is masked by the ReLU, in

@@ -1,9 +1,9 @@
-// conv_relu and conv_relu_max_pool of any source (sources.h), by Winograd or directly.
+// conv_relu and conv_relu_max_pool of any source (sources.h), by the way that suits the shape.
 #pragma once
 
 #include <algorithm>
 
-#include "conv_direct.h"
+#include "conv_first_layer.h"
 #include "conv_winograd.h"
 #include "max_pool.h"
 #include "shapes.h"
@@ -30,9 +30,8 @@ void convolve_relu(const ConvShape& s, Precision precision, const Source& input,
     });
     return;
   }
-  convolve(
-      s, s.P, s.Q, input, pack_filter(weight, s, /*turned=*/false), bias,
-      /*relu=*/true, streams(y, s.K, s.N * s.P * s.Q * s.K),
+  convolve_forward(
+      s, s.P, s.Q, input, weight, bias, /*relu=*/true, streams(y, s.K, s.N * s.P * s.Q * s.K),
       [=](int64_t n, int64_t p, int64_t) { return y + (n * s.P + p) * s.Q * s.K; },
       [](int64_t, int64_t, int64_t) {});
 }
@@ -75,9 +74,9 @@ void convolve_relu_max_pool(const ConvShape& s, Precision precision, const Sourc
   const auto convolved = [=](int64_t slot) {
     return workspace(Purpose::kConvolved, kMaxRowBlock * Q * s.K) + slot * Q * s.K;
   };
-  convolve(
-      s, P, Q, input, pack_filter(weight, s, /*turned=*/false), bias,
-      /*relu=*/true, /*streamed=*/false, [=](int64_t, int64_t, int64_t slot) { return convolved(slot); },
+  convolve_forward(
+      s, P, Q, input, weight, bias, /*relu=*/true, /*streamed=*/false,
+      [=](int64_t, int64_t, int64_t slot) { return convolved(slot); },
       [=](int64_t n, int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; p += 2) {
           const int64_t out = (n * pool.P + p / 2) * pool.Q * s.K;

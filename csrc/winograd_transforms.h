@@ -38,9 +38,10 @@ inline constexpr float kNorm0 = 1 / (kA2 * kB2), kNormA = 1 / (2 * kA2 * (kA2 - 
                        kNormB = 1 / (2 * kB2 * (kB2 - kA2));
 
 /// B^T: 6 inputs -> values at 0, a, -a, b, -b, infinity.
-inline void transform_input(const Vec (&d)[6], Vec (&v)[6]) {
-  const Vec even_a = d[4] - kB2 * d[2], odd_a = kA * (d[3] - kB2 * d[1]);
-  const Vec even_b = d[4] - kA2 * d[2], odd_b = kB * (d[3] - kA2 * d[1]);
+template <class V>
+inline MASKCORE_INLINE void transform_input(const V (&d)[6], V (&v)[6]) {
+  const V even_a = d[4] - kB2 * d[2], odd_a = kA * (d[3] - kB2 * d[1]);
+  const V even_b = d[4] - kA2 * d[2], odd_b = kB * (d[3] - kA2 * d[1]);
   v[0] = kA2 * kB2 * d[0] + (d[4] - (kA2 + kB2) * d[2]);
   v[1] = even_a + odd_a;
   v[2] = even_a - odd_a;
@@ -50,7 +51,7 @@ inline void transform_input(const Vec (&d)[6], Vec (&v)[6]) {
 }
 
 /// B: the adjoint of transform_input.
-inline void transform_input_gradient(const Vec (&v)[6], Vec (&d)[6]) {
+inline MASKCORE_INLINE void transform_input_gradient(const Vec (&v)[6], Vec (&d)[6]) {
   const Vec sum_a = v[1] + v[2], difference_a = kA * (v[1] - v[2]);
   const Vec sum_b = v[3] + v[4], difference_b = kB * (v[3] - v[4]);
   d[0] = kA2 * kB2 * v[0];
@@ -62,7 +63,7 @@ inline void transform_input_gradient(const Vec (&v)[6], Vec (&d)[6]) {
 }
 
 /// A^T: products -> 4 outputs.
-inline void transform_output(const Vec (&m)[6], Vec (&y)[4]) {
+inline MASKCORE_INLINE void transform_output(const Vec (&m)[6], Vec (&y)[4]) {
   const Vec sum_a = m[1] + m[2], difference_a = m[1] - m[2];
   const Vec sum_b = m[3] + m[4], difference_b = m[3] - m[4];
   y[0] = m[0] + (sum_a + sum_b);
@@ -72,7 +73,7 @@ inline void transform_output(const Vec (&m)[6], Vec (&y)[4]) {
 }
 
 /// A: the adjoint of transform_output.
-inline void transform_gradient(const Vec (&y)[4], Vec (&m)[6]) {
+inline MASKCORE_INLINE void transform_gradient(const Vec (&y)[4], Vec (&m)[6]) {
   const Vec even_a = y[0] + kA2 * y[2], odd_a = kA * (y[1] + kA2 * y[3]);
   const Vec even_b = y[0] + kB2 * y[2], odd_b = kB * (y[1] + kB2 * y[3]);
   m[0] = y[0];
@@ -84,9 +85,10 @@ inline void transform_gradient(const Vec (&y)[4], Vec (&m)[6]) {
 }
 
 /// G: 3 taps -> their values at the points.
-inline void transform_filter(const Vec (&g)[3], Vec (&u)[6]) {
-  const Vec even_a = kNormA * (g[0] + kA2 * g[2]), odd_a = kNormA * kA * g[1];
-  const Vec even_b = kNormB * (g[0] + kB2 * g[2]), odd_b = kNormB * kB * g[1];
+template <class V>
+inline MASKCORE_INLINE void transform_filter(const V (&g)[3], V (&u)[6]) {
+  const V even_a = kNormA * (g[0] + kA2 * g[2]), odd_a = kNormA * kA * g[1];
+  const V even_b = kNormB * (g[0] + kB2 * g[2]), odd_b = kNormB * kB * g[1];
   u[0] = kNorm0 * g[0];
   u[1] = even_a + odd_a;
   u[2] = even_a - odd_a;
@@ -96,7 +98,7 @@ inline void transform_filter(const Vec (&g)[3], Vec (&u)[6]) {
 }
 
 /// G^T: the adjoint of transform_filter.
-inline void transform_filter_gradient(const Vec (&u)[6], Vec (&g)[3]) {
+inline MASKCORE_INLINE void transform_filter_gradient(const Vec (&u)[6], Vec (&g)[3]) {
   const Vec even_a = kNormA * (u[1] + u[2]), odd_a = kNormA * (u[1] - u[2]);
   const Vec even_b = kNormB * (u[3] + u[4]), odd_b = kNormB * (u[3] - u[4]);
   g[0] = kNorm0 * u[0] + (even_a + even_b);
@@ -110,7 +112,7 @@ inline void transform_filter_gradient(const Vec (&u)[6], Vec (&g)[3]) {
 /// B^T: 8 inputs -> values at 0, 1/2, -1/2, 1, -1, 2, -2, infinity. m(x) / (x - p) is
 /// x^2 (x^4 - s x^2 + t) + p x (x^4 - s x^2 + t), with s and t the sum and the product of the two other
 /// squares.
-inline void transform_input(const Vec (&d)[8], Vec (&v)[8]) {
+inline MASKCORE_INLINE void transform_input(const Vec (&d)[8], Vec (&v)[8]) {
   const Vec even_half = d[6] - 5.0f * d[4] + 4.0f * d[2],
             odd_half = 0.5f * (d[5] - 5.0f * d[3] + 4.0f * d[1]);
   const Vec even_one = d[6] - 4.25f * d[4] + d[2], odd_one = d[5] - 4.25f * d[3] + d[1];
@@ -127,7 +129,7 @@ inline void transform_input(const Vec (&d)[8], Vec (&v)[8]) {
 }
 
 /// A^T: products -> 6 outputs.
-inline void transform_output(const Vec (&m)[8], Vec (&y)[6]) {
+inline MASKCORE_INLINE void transform_output(const Vec (&m)[8], Vec (&y)[6]) {
   const Vec sum_half = m[1] + m[2], difference_half = m[1] - m[2];
   const Vec sum_one = m[3] + m[4], difference_one = m[3] - m[4];
   const Vec sum_two = m[5] + m[6], difference_two = m[5] - m[6];
@@ -140,7 +142,7 @@ inline void transform_output(const Vec (&m)[8], Vec (&y)[6]) {
 }
 
 /// G: 3 taps -> their values at the points, over m'(p): -1 at 0, 45/32 at +-1/2, -9/2 at +-1, 90 at +-2.
-inline void transform_filter(const Vec (&g)[3], Vec (&u)[8]) {
+inline MASKCORE_INLINE void transform_filter(const Vec (&g)[3], Vec (&u)[8]) {
   const Vec even_half = (32.0f / 45) * (g[0] + 0.25f * g[2]), odd_half = (16.0f / 45) * g[1];
   const Vec even_one = (-2.0f / 9) * (g[0] + g[2]), odd_one = (-2.0f / 9) * g[1];
   const Vec even_two = (1.0f / 90) * (g[0] + 4.0f * g[2]), odd_two = (2.0f / 90) * g[1];

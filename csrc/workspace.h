@@ -25,6 +25,7 @@ enum class Purpose : std::uint8_t {
   kPackedFilter,
   kHeldInput,
   kHeldRows,
+  kTransformedRows,
   kGradientRows,
   kPatches,
   kCount
