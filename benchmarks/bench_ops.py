@@ -92,6 +92,20 @@ def bench_conv_bn_relu(compare: Compare, block: int, batch_size: int, image_size
         )
 
 
+def bench_first_layer(compare: Compare, batch_size: int, image_size: int) -> None:
+    """With the normalisation folded in beforehand, as inference has it, and beside writing its output alone."""
+    x = _image(batch_size, image_size, image_size, 3)
+    weight, bias = torch.randn(32, 3, 3, 3) / 27**0.5, torch.randn(32)
+    with torch.no_grad():
+        y = ops.conv_relu(x, weight, bias)
+        _assert_close(y, ops.conv_relu_reference(x, weight, bias))
+        compare(
+            lambda: ops.conv_relu(x, weight, bias),
+            {"PyTorch": lambda: ops.conv_relu_reference(x, weight, bias), "filling y": lambda: y.fill_(1)},
+            bytes=x.nbytes + y.nbytes,
+        )
+
+
 @pytest.mark.parametrize("channels", [32, 256])
 def bench_max_pool_forward(compare: Compare, channels: int, batch_size: int) -> None:
     x = _image(batch_size, 128, 128, channels)

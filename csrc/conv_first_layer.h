@@ -1,13 +1,13 @@
-// A 3x3 stride-1 convolution with few input channels, such as the first layer's 3, forward: Winograd's F(4,
-// 3) (winograd_transforms.h) along the rows alone, with half of the direct convolution's multiply-adds.
+// A 3x3 stride-1 convolution with few input channels, such as the first layer's 3, forward: Winograd's
+// F(4, 3) (winograd_transforms.h) along the rows alone, half of the direct convolution's multiply-adds.
 //   y[p,4t+i,k] = b[k] + (A^T m)_i,   m_j = sum over r,c of U[r,c,j,k] V[p+r,t,j,c]
 //   U[r,c,:,k] = G w[k,c,r,:],        V[h,t,:,c] = B^T x[h,4t..4t+5,c]
 // In two dimensions the products are a quarter, but those of 3 channels are then fewer than the operations
 // that transform the output. Here an output vector takes 4.5 C products and 2.5 operations of A^T.
 //
 // A row of V serves three rows of the output. Three of 256 pixels, 18 KB, and U of 32 output channels, 7 KB,
-// lie in L1. A NaN or an infinity may reach any output of the tiles that see it, along its rows. Registers:
-// kRowTiles * 6 accumulators, one vector of U, one broadcast of V: 26 of 32, 14 of 16.
+// lie in L1. Registers: kRowTiles * 6 accumulators and a vector of U, 25 of 32; a multiply-add broadcasts V
+// itself. A NaN or an infinity may reach any output of the tiles that see it, along its rows.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -28,15 +28,17 @@
 namespace maskcore {
 
 inline constexpr int64_t kMostFirstLayerChannels = 3;  // a Quad holds a pixel
-inline constexpr int kRowTiles = kVectorBytes == 64 ? 4 : 2;
+inline constexpr int kRowTiles = 4;
 
 /// The channels of a pixel, and behind them what follows.
 typedef float Quad __attribute__((vector_size(16), aligned(alignof(float)), may_alias));
 inline constexpr int64_t kQuad = 4;
 inline constexpr int64_t kTileFloats = F4::kIn * kQuad;  // V[h,t]
 
+/// With 16 registers a tile is half as large and waits for its loads, three for two products: on AVX2 the
+/// direct convolution is faster.
 inline bool is_first_layer(const ConvShape& s) {
-  return s.C <= kMostFirstLayerChannels && wanted_way() != "direct";
+  return kVectorBytes == 64 && s.C <= kMostFirstLayerChannels && wanted_way() != "direct";
 }
 
 /// U: [vector of output channels][r][c][j][kLanes], zero-padded in K.

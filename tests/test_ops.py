@@ -85,7 +85,7 @@ PIXELS = [Case(1, 2, 3, 3 + 2, Q + 2, 0) for Q in (63, 64, 65, 85, 86, 127, 128,
 TILES = [Case(1, 3, 5, P + 2, Q + 2, 0) for P, Q in ((4, 4), (5, 8), (8, 7), (6, 3), (12, 13))]
 TILES += [Case(1, 9, 8, 70, 5, 0), Case(3, 5, 9, 30, 11, 1), Case(5, 2, 3, 31, 9, 0)]
 TILES += [Case(2, 96, 80, 12, 14, 1), Case(1, 70, 130, 9, 7, 0), Case(4, 97, 83, 40, 42, 0)]
-#: Of a first layer: Winograd's tiles of 4 outputs along a row, of which 2 or 4 are computed at once.
+#: Of a first layer: Winograd's tiles of 4 outputs along a row, four at once.
 ROW_TILES = [
     Case(2, C, 37, 3, Q + 2 * (1 - p), p) for C, p in ((1, 1), (2, 0), (3, 1), (3, 0)) for Q in range(1, 35)
 ]
@@ -290,7 +290,7 @@ def test_outputs_that_are_written_past_the_caches(way: str, monkeypatch: pytest.
 @pytest.mark.parametrize("case", [case for case in (*CASES, *ROW_TILES) if case.C <= 3], ids=str)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_first_layer(name: str, case: Case, as_exact_as_torch: Callable[..., None]) -> None:
-    """Up to three input channels go through Winograd along the rows, forward, where nothing else is asked for.
+    """With AVX-512 up to three input channels go through Winograd along the rows, forward, by default.
 
     Its rounding errors are 1.9 (three channels) to 2.6 (one) times a direct convolution's in the root mean square.
     """
