@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("settings", nargs="*", help="settings of maskcore train, behind --")
     given = parser.parse_args()
-    settings = given.settings or ["--quick", "--epochs", "8", "--no-augment"]
+    settings = given.settings or ["--quick", "--epochs", "16", "--no-augment"]
     given.out.mkdir(parents=True, exist_ok=True)
     logs = {
         (engine, seed): train(engine, seed, given.out, settings)
