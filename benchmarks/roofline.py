@@ -147,8 +147,9 @@ class Conv:
     @property
     def splits(self) -> int:
         """Of the weight gradient's reduction (csrc/conv_weight_gradient.cuh) on an H100, which has most of these."""
-        c_tiles, k_tiles = up(self.C, 32) // 32, 1 if self.K <= 32 else up(self.K, 64) // 64
-        return splits(264, c_tiles, k_tiles)
+        width = 64 if min(self.C, self.K) > 32 else 32
+        c_tiles, k_tiles = up(self.C, width) // width, 1 if self.K <= 32 else up(self.K, 64) // 64
+        return splits(132 * 64 // width, c_tiles, k_tiles)
 
 
 def convolutions(N: int) -> list[Conv]:
@@ -434,30 +435,28 @@ class Pass:
         return self.units(gpu, most, products, other + items * (loading - other), shared, l2)
 
     def of_weight(self, gpu: Gpu) -> dict[str, float]:
-        """csrc/conv_weight_gradient.cuh, tiles of 64 output and 32 input channels."""
+        """csrc/conv_weight_gradient.cuh, tiles of 64 output and 64 or 32 input channels."""
         conv, p, (math_, element) = self.conv, self.p, self.math
-        pixels, most_patch = (80, 128) if p.element == 2 else (40, 64)
-        c_tiles, k_tiles = up(conv.C, 32) // 32, up(conv.K, 64) // 64
+        width, lanes = 64 if conv.C > 32 else 32, 16 // p.operand
+        pixels, most_patch = (14 * lanes, 24 * lanes) if width == 64 else (10 * lanes, 16 * lanes)
+        c_tiles, k_tiles, held = up(conv.C, width) // width, up(conv.K, 64) // 64, 64 // width
         of_input = "BatchNormRelu" if self.before.bn else "Activation"
         sources = f"{of_input}<{element}>, {self.gradient}<{element}>"
         tiles, patch = tiling(conv.N, conv.H - 2, conv.W - 2, False, pixels, most_patch)
-        parts = min(splits(2 * gpu.multiprocessors, c_tiles, k_tiles), -(-tiles // 4))
+        parts = min(splits(held * gpu.multiprocessors, c_tiles, k_tiles), -(-tiles // 4))
         most = -(-tiles // parts) * -(-parts * c_tiles * k_tiles // gpu.multiprocessors)
-        products = pixels * 64 * 9 * 32
+        products = pixels * 64 * 9 * width
         # A warp's 32 x 72 sums take 104 rows of 32 bytes a step.
         fragments = products / (32 * 72 * p.slab / 2) * 104 * ROW / 2
-        operands = (pixels * 64 + patch * 32) * p.operand
-        l2 = (pixels * 64 * self.reads(self.gradient) + patch * 32) * p.element
-        kernel = f"conv_weight_gradient_kernel<GradientTile<{math_}, 2>, {sources}>"
+        operands = (pixels * 64 + patch * width) * p.operand
+        l2 = (pixels * 64 * self.reads(self.gradient) + patch * width) * p.element
+        kernel = f"conv_weight_gradient_kernel<GradientTile<{math_}, 2, {width // 8}>, {sources}>"
+        # The longest way is that of a thread whose items all are there.
         loading, other = instructions()[kernel, gpu.target]
-        # An item of x is taken as the halo tile's of the same source.
-        halo = self.halo_kernel("2, 4, 4, 2", False, of_input, f"MaxPoolOutput<{element}>")
-        of_x = [
-            32 / 18 * issued for issued in instructions()[halo, gpu.target]
-        ]  # products of the kernels' steps
-        items = 16 / p.operand * 256 * 5  # channels that the threads load in a tile's steps
-        issued = other + pixels * 64 / items * (loading - other) + patch * 32 / items * (of_x[0] - of_x[1])
-        return self.units(gpu, most, products, issued, fragments + operands, l2)
+        of_threads = lanes * 8 * width  # channels of an item of each
+        most_items = sum(-(-n // of_threads) for n in (pixels * 64, most_patch * width))
+        items = (pixels * 64 + patch * width) / of_threads / most_items
+        return self.units(gpu, most, products, other + items * (loading - other), fragments + operands, l2)
 
 
 def passes(N: int, p: Precision) -> Iterator[tuple[Pass, Kernel]]:
@@ -726,9 +725,9 @@ has beyond its image and the multiprocessor that gets most tiles count. Less tha
 
 Where it is less:
 
-- Filters' gradients, on an A100 and an H100: a step has few products beside the addresses of their operands and an
-  item, whose mask, rounding and bias are computed; a warp's 32 x 72 sums leave no registers to keep any of it. On an
-  RTX, with a quarter of an A100's tensor cores a multiprocessor, they do not hold the others up.
+- Filters' gradients in TF32 on an H100: for 18 products a step reads 22 fragments by 64 and 32 bits, which ldmatrix
+  cannot transpose, beside the addresses, and the items that a batch norm makes are computed in float32. wgmma, which
+  takes operands from shared memory, would do without the fragments.
 - Backward-data on an H100: a patch is made of two tensors, and of 128 channels and more, or in TF32, each tile of 128
   pixels reads the filter again, all through L2. Larger tiles would need wgmma's registers.
 - Forward on an H100: fragments come through shared memory, which mma.sync reads again for each warp; in TF32 at 64

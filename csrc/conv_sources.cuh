@@ -83,6 +83,12 @@ __device__ __forceinline__ float relu(float v) { return v <= 0.0f ? 0.0f : v; }
 /// dy where y > 0, else 0; a NaN in y lets dy pass.
 __device__ __forceinline__ float relu_gradient(float dy, float y) { return y <= 0.0f ? 0.0f : dy; }
 
+/// The same of two bfloat16: max(y, 0) is +0, positive, or the NaN 0x7fff, and so reaches the upper bit where
+/// 0x7fff is added unless it is 0.
+__device__ __forceinline__ uint32_t relu_gradient(uint32_t dy, uint32_t y) {
+  return dy & sign_masks<1, 3>(max_nan_bf16(y, 0u) + 0x7fff7fffu);
+}
+
 /// A tensor as it lies in memory.
 template <class T>
 struct Activation {
@@ -97,11 +103,13 @@ struct Activation {
     Packet<T, kLanes> x;
   };
 
-  __device__ __forceinline__ const T* at(const Pixel& pixel, int c) const {
+  __device__ __forceinline__ int number(const Pixel& pixel) const { return pixel.number(H, W); }
+  template <class From>
+  __device__ __forceinline__ const T* at(const From& pixel, int c) const {
     return x + pixel.element(H, W, C, c);
   }
-  template <int kLanes>
-  __device__ __forceinline__ void fetch(const Pixel& pixel, int c, Fetched<kLanes>& fetched) const {
+  template <int kLanes, class From>
+  __device__ __forceinline__ void fetch(const From& pixel, int c, Fetched<kLanes>& fetched) const {
     fetched.x.clear();
     if (pixel.inside && c < C) load_channels(fetched.x, at(pixel, c), C - c, aligned);
   }
@@ -109,6 +117,10 @@ struct Activation {
   __device__ __forceinline__ void values(const Fetched<kLanes>& fetched, int, float (&out)[kLanes]) const {
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) out[i] = fetched.x[i];
+  }
+  __device__ __forceinline__ uint4 packed(const Fetched<8>& fetched, int) const {
+    const uint32_t (&x)[4] = fetched.x.v;
+    return make_uint4(x[0], x[1], x[2], x[3]);
   }
 };
 
@@ -129,8 +141,9 @@ struct BatchNormRelu {
     bool there;
   };
 
-  template <int kLanes>
-  __device__ __forceinline__ void fetch(const Pixel& pixel, int c, Fetched<kLanes>& fetched) const {
+  __device__ __forceinline__ int number(const Pixel& pixel) const { return pixel.number(H, W); }
+  template <int kLanes, class From>
+  __device__ __forceinline__ void fetch(const From& pixel, int c, Fetched<kLanes>& fetched) const {
     fetched.z.clear();
     fetched.there = pixel.inside && c < C;
     if (fetched.there) load_channels(fetched.z, z + pixel.element(H, W, C, c), C - c, aligned);
@@ -153,6 +166,25 @@ struct BatchNormRelu {
       }
     }
   }
+  __device__ __forceinline__ uint4 packed(const Fetched<8>& fetched, int c) const {
+    if (!fetched.there) return make_uint4(0, 0, 0, 0);
+    uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      Packet<float, 4> mean, scale, beta;
+      const float* const of = coefficients + 3 * (c + i);
+      mean.load_aligned(of);
+      scale.load_aligned(of + 4);
+      beta.load_aligned(of + 8);
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        pairs[(i + j) / 2] =
+            pack_relu_bf16(fmaf(scale[j], fetched.z[i + j] - mean[j], beta[j]),
+                           fmaf(scale[j + 1], fetched.z[i + j + 1] - mean[j + 1], beta[j + 1]));
+      }
+    }
+    return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  }
 };
 
 /// The gradient in front of a ReLU whose output is y.
@@ -170,8 +202,9 @@ struct ReluGradient {
     Packet<T, kLanes> dy, y;
   };
 
-  template <int kLanes>
-  __device__ __forceinline__ void fetch(const Pixel& pixel, int c, Fetched<kLanes>& fetched) const {
+  __device__ __forceinline__ int number(const Pixel& pixel) const { return pixel.number(H, W); }
+  template <int kLanes, class From>
+  __device__ __forceinline__ void fetch(const From& pixel, int c, Fetched<kLanes>& fetched) const {
     fetched.dy.clear();
     fetched.y.clear();
     if (pixel.inside && c < C) {
@@ -184,6 +217,11 @@ struct ReluGradient {
   __device__ __forceinline__ void values(const Fetched<kLanes>& fetched, int, float (&out)[kLanes]) const {
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) out[i] = relu_gradient(fetched.dy[i], fetched.y[i]);
+  }
+  __device__ __forceinline__ uint4 packed(const Fetched<8>& fetched, int) const {
+    const uint32_t (&dy)[4] = fetched.dy.v, (&y)[4] = fetched.y.v;
+    return make_uint4(relu_gradient(dy[0], y[0]), relu_gradient(dy[1], y[1]), relu_gradient(dy[2], y[2]),
+                      relu_gradient(dy[3], y[3]));
   }
 };
 
@@ -205,15 +243,20 @@ struct PooledReluGradient {
     uint32_t place;
   };
 
-  template <int kLanes>
-  __device__ __forceinline__ void fetch(const Pixel& pixel, int c, Fetched<kLanes>& fetched) const {
+  /// Of its window, and its place there.
+  __device__ __forceinline__ int number(const Pixel& pixel) const {
+    const int window = pixel.window(H, W).number(H / 2, W / 2);
+    return window < 0 ? window : window * 4 + pixel.place();
+  }
+  template <int kLanes, class From>
+  __device__ __forceinline__ void fetch(const From& pixel, int c, Fetched<kLanes>& fetched) const {
     fetched.dy.clear();
     fetched.y.clear();
-    fetched.place = static_cast<uint32_t>((pixel.h & 1) * 2 + (pixel.w & 1));
+    fetched.place = static_cast<uint32_t>(pixel.place());
 #pragma unroll
     for (int i = 0; i < kLanes / 4; ++i) fetched.places[i] = 0;
-    if (pixel.inside && c < C && pixel.h >> 1 < H / 2 && pixel.w >> 1 < W / 2) {
-      const Pixel window{true, pixel.n, pixel.h >> 1, pixel.w >> 1};
+    const auto window = pixel.window(H, W);
+    if (window.inside && c < C) {
       const int64_t i = window.element(H / 2, W / 2, C, c);
       load_channels(fetched.dy, dy + i, C - c, aligned);
       load_channels(fetched.y, y + i, C - c, aligned);
@@ -237,6 +280,16 @@ struct PooledReluGradient {
       const bool here = (fetched.places[i / 4] >> (i % 4 * 8) & 0xffu) == fetched.place;
       out[i] = here ? relu_gradient(fetched.dy[i], fetched.y[i]) : 0.0f;
     }
+  }
+  __device__ __forceinline__ uint4 packed(const Fetched<8>& fetched, int) const {
+    const uint32_t (&dy)[4] = fetched.dy.v, (&y)[4] = fetched.y.v;
+    // A byte's upper bit where the place, 0 to 3, is this one.
+    const auto here = [&](int i) { return 0x80808080u - (fetched.places[i] ^ fetched.place * 0x01010101u); };
+    const uint32_t first = here(0), last = here(1);
+    return make_uint4(relu_gradient(dy[0], y[0]) & sign_masks<0, 1>(first),
+                      relu_gradient(dy[1], y[1]) & sign_masks<2, 3>(first),
+                      relu_gradient(dy[2], y[2]) & sign_masks<0, 1>(last),
+                      relu_gradient(dy[3], y[3]) & sign_masks<2, 3>(last));
   }
 };
 
@@ -264,8 +317,9 @@ struct BatchNormReluGradient {
     bool there;
   };
 
-  template <int kLanes>
-  __device__ __forceinline__ void fetch(const Pixel& pixel, int c, Fetched<kLanes>& fetched) const {
+  __device__ __forceinline__ int number(const Pixel& pixel) const { return pixel.number(H, W); }
+  template <int kLanes, class From>
+  __device__ __forceinline__ void fetch(const From& pixel, int c, Fetched<kLanes>& fetched) const {
     fetched.dy.clear();
     fetched.z.clear();
     fetched.there = pixel.inside && c < C;
@@ -289,13 +343,32 @@ struct BatchNormReluGradient {
   }
 };
 
+/// Whether a source's values are made two a register, in bfloat16.
+template <class Math, class Source>
+constexpr bool kPacked = std::is_same_v<typename Source::Element, typename Math::Shared> &&
+                         requires(const Source& source, typename Source::template Fetched<8> fetched) {
+                           { source.packed(fetched, 0) };
+                         } && Math::kLanes == 8;
+
+/// What goes into shared memory of what was fetched.
+template <class Math, class Source, class Fetched>
+__device__ __forceinline__ uint4 pack_values(const Source& source, const Fetched& fetched, int c) {
+  if constexpr (kPacked<Math, Source>) {
+    return source.packed(fetched, c);
+  } else {
+    float v[Math::kLanes];
+    source.template values<Math::kLanes>(fetched, c, v);
+    return Math::pack(v);
+  }
+}
+
 /// 16 bytes of an operand on their way from a source to shared memory: by cp.async where the source is a
 /// tensor that the products take as it is, else through registers.
-template <class Math, class Source>
+template <class Math, class Source, bool kMayCopy_ = true>
 struct Item {
   static constexpr int kLanes = Math::kLanes;
   static constexpr bool kMayCopy =
-      Source::kPlain && std::is_same_v<typename Source::Element, typename Math::Shared>;
+      kMayCopy_ && Source::kPlain && std::is_same_v<typename Source::Element, typename Math::Shared>;
 
   typename Source::template Fetched<kLanes> fetched;
 
@@ -304,7 +377,8 @@ struct Item {
     if constexpr (kMayCopy) return source.aligned;
     return false;
   }
-  __device__ __forceinline__ void start(const Source& source, const Pixel& from, int c, unsigned char* to) {
+  template <class From>
+  __device__ __forceinline__ void start(const Source& source, const From& from, int c, unsigned char* to) {
     if constexpr (kMayCopy) {
       if (copies(source)) {
         const bool there = from.inside && c < source.C;
@@ -316,9 +390,7 @@ struct Item {
   }
   __device__ __forceinline__ void finish(const Source& source, int c, unsigned char* to) const {
     if (copies(source)) return;
-    float v[kLanes];
-    source.template values<kLanes>(fetched, c, v);
-    *reinterpret_cast<uint4*>(to) = Math::pack(v);
+    *reinterpret_cast<uint4*>(to) = pack_values<Math>(source, fetched, c);
   }
 };
 

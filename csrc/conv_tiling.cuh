@@ -32,6 +32,35 @@ struct Pixel {
   __device__ __forceinline__ int64_t element(int height, int width, int channels, int c) const {
     return static_cast<int64_t>(n * height + h) * (width * channels) + (w * channels + c);
   }
+
+  /// Its number in [N,height,width,channels], of fewer than 2^31 pixels; negative outside.
+  __device__ __forceinline__ int number(int height, int width) const {
+    return inside ? (n * height + h) * width + w : -1;
+  }
+
+  /// The 2x2 window that it lies in, a pixel of [N,height/2,width/2,channels], and its place there.
+  __device__ __forceinline__ Pixel window(int height, int width) const {
+    return {inside && h >> 1 < height / 2 && w >> 1 < width / 2, n, h >> 1, w >> 1};
+  }
+  __device__ __forceinline__ int place() const { return (h & 1) * 2 + (w & 1); }
+};
+
+/// A pixel by the number that its source has given it, so that rows and columns are found once for all
+/// channels.
+struct NumberedPixel {
+  bool inside;
+  int number;
+
+  __device__ __forceinline__ explicit NumberedPixel(int of_source)
+      : inside(of_source >= 0), number(of_source) {}
+
+  __device__ __forceinline__ int64_t element(int, int, int channels, int c) const {
+    return static_cast<int64_t>(number) * channels + c;
+  }
+
+  /// Of a number that is 4 times the window's, plus the place.
+  __device__ __forceinline__ NumberedPixel window(int, int) const { return NumberedPixel(number >> 2); }
+  __device__ __forceinline__ int place() const { return number & 3; }
 };
 
 struct Tiling {
@@ -60,6 +89,14 @@ struct Tiling {
   __device__ __forceinline__ Position position(int tile) const {
     const int row = tile / col_tiles * tile_rows;
     return {row / stack, row % stack, tile % col_tiles * tile_cols, 0};
+  }
+
+  /// That of the tile behind the one at `at`.
+  __device__ __forceinline__ Position next(const Position& at) const {
+    const int q = at.q + tile_cols;
+    if (q < col_tiles * tile_cols) return {at.n, at.p, q, 0};
+    const int images = quotient(at.p + tile_rows, inv_stack);
+    return {at.n + images, at.p + tile_rows - images * stack, 0, 0};
   }
 
   /// How many of the tile's pixels there are.

@@ -3,69 +3,88 @@
 //   db[k] = sum over n,p,q of g[n,p,q,k]
 // with the output's gradient g from a source (conv_sources.cuh).
 //
-// A GEMM whose reduction runs over pixels: rows k, columns (tap, c). A block owns kTileK output by 32 input
-// channels and all nine taps, so that a tile of pixels (conv_tiling.cuh) is brought into shared memory once
-// for the nine: g, and the patch of x under it, in which tap (r, s) is r pitch + s further. A warp owns half
-// of the output channels and 8 input channels with their nine taps. Channels are adjacent in memory, pixels
-// are not: fragments are read transposed, in bf16 by ldmatrix.trans, in TF32, which that cannot transpose, by
-// 32-bit loads. A pixel's row is kPad bytes longer than its channels: 8 rows' 16 bytes (bf16), or 4 rows' 8
-// floats (TF32), then lie in different banks, and all addresses of a tile are one and constants.
-// Two buffers: the next tile arrives, one 16-byte item a thread and step, while this one's kSteps steps are
-// multiplied. One barrier a tile: 5 steps of 18 products of 8 cycles (sm_80; 4 on sm_90) for each of a
-// scheduler's four warps, 2,880 cycles or 1,440, into which memory's latency of about 700 fits. A third
-// buffer would be 22 KB more, and leave one block in 100 KB, for nothing.
+// A GEMM whose reduction runs over pixels: rows k, columns (tap, c). A block owns kTileK output by kTileC
+// input channels and all nine taps, so that a tile of pixels (conv_tiling.cuh) is brought into shared memory
+// once for the nine: g, and the patch of x under it, in which tap (r, s) is r pitch + s further. A warp owns
+// half of the output channels and 8 input channels with their nine taps. Channels are adjacent in memory,
+// pixels are not: fragments are read transposed, in bf16 by ldmatrix.trans, in TF32, which that cannot
+// transpose, by 64- and 32-bit loads. A pixel's row is kPad bytes longer than its channels: 8 rows' 16 bytes
+// (bf16), or 4 rows' 8 floats (TF32), then lie in different banks, and all addresses of a tile are one and
+// constants. Two buffers: the next tile arrives, one 16-byte item a thread and step, while this one's kSteps
+// steps are multiplied. One barrier a tile: 7 steps of 18 products of 8 cycles (sm_80; 4 on sm_90) for each
+// of a scheduler's four warps, 4,032 cycles or 2,016, into which memory's latency of about 700 fits. What an
+// item needs to know of its pixel is found one tile earlier, once for all channels.
+//
+// Instructions bound it: a product has 8 issue slots (sm_80; 6 of what sm_90 reaches). So the wide tile has
+// 64 input channels, for which g is masked once instead of twice as with 32; bfloat16 is masked two numbers a
+// register; what is multiplied as TF32 is rounded once, on its way into shared memory; and the steps are
+// unrolled, after which their addresses are constants.
 //
 // Split-K: the tiles are shared out to `splits` blocks in ranges fixed by the shape and the GPU; each writes
 // its sums to a workspace [splits][9][K][C], which are then added in the order of the splits, so that the
-// result is the same bits each time. Two blocks for each multiprocessor, which holds them at once: the last
-// eight of 264 blocks on 128 multiprocessors would take half as long again as all the others. So the
-// workspace is small too: 8 times 2.4 MB of a 256 x 256 layer on an H100.
+// result is the same bits each time. As many blocks as the multiprocessors hold at once: the last eight of
+// 264 blocks on 128 multiprocessors would take half as long again as all the others. So the workspace is
+// small too: 8 times 2.4 MB of a 256 x 256 layer on an H100.
 //
 // For a pixel past the image's end stands, times 0, one that is read with it, and so costs nothing; where
 // none of those is there, the tile's first one. Where x is infinite in its window, taps whose gradient is
 // infinite may be NaN.
 //
 // Budget, kTileK = 64
-//   shared     bf16  2 * (80 pixels * (128 + 16) bytes of g + 128 * (64 + 16) of x) = 43,520, places 320
-//              TF32, float32  2 * (40 * (256 + 32) + 64 * (128 + 32)) = 43,520, places 160; positions 48,
-//              bias 2,048: two blocks in 100 KB
-//   registers  2 * 9 * 4 = 72 accumulators, 8 + 4 of fragments, 8 to 11 of an item on its way: within 65,536
-//              / (2 * 256) = 128, since what follows from the thread's number is computed anew each step and
-//              the bias is added up in shared memory. float32 tensors in bf16 have 16 to 19 on their way:
-//              kTileK = 32, 36 accumulators
-//   occupancy  2 * 8 = 16 warps of 64 (25 %) or of 48 (33 %)
+//   shared     kTileC = 64: bf16 2 * (112 pixels + 192 of the patch) * (128 + 16) bytes = 87,552, TF32,
+//   float32
+//              2 * (56 + 96) * (256 + 32), the same; places 4 * 112, numbers 2 * 4 * 304, positions 48, bias
+//              8,192: 98,672, one block in 100 KB
+//              kTileC = 32: bf16 2 * (80 * (128 + 16) + 128 * (64 + 16)) = 43,520, TF32, float32 2 * (40 *
+//              (256
+//              + 32) + 64 * (128 + 32)), the same; places 4 * 80, numbers 2 * 4 * 208, positions 48, bias
+//              4,096: 49,648, two blocks in 100 KB
+//   registers  2 * 9 * 4 = 72 accumulators, 8 + 20 of fragments, 8 to 11 of an item on its way: within 65,536
+//              / 512 = 128, since what follows from the thread's number is computed anew each step and the
+//              bias is added up in shared memory. float32 tensors in bf16 have 16 to 19 on their way: kTileK
+//              = 32, 36 accumulators
+//   occupancy  16 warps of 64 (25 %) or of 48 (33 %)
 //   shared memory traffic of a warp's 32 x 72 x 16 bf16 products: 104 * 32 bytes = 26 cycles, in which an
 //   sm_80 does 36 cycles' worth of 1024 products; TF32 the same for 32 x 72 x 8.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "conv_halo_tile.cuh"
 
 namespace maskcore {
 
-/// 2 x 4 warps of 16 MT output by 8 input channels.
-template <class Math_, int MT_>
+/// 2 x kWarpsC warps of 16 MT output by 8 input channels.
+template <class Math_, int MT_, int kWarpsC = 4>
 struct GradientTile {
   using Math = Math_;
   static constexpr int MT = MT_;
-  static constexpr int kTileK = 2 * 16 * MT, kTileC = 4 * 8;
-  static constexpr int kThreads = 256, kBlocks = 2;
+  static constexpr int kTileK = 2 * 16 * MT, kTileC = kWarpsC * 8;
+  static constexpr int kThreads = 2 * kWarpsC * 32, kBlocks = 512 / kThreads;
   static constexpr int kStepPixels = 2 * Math::kLanes;  // of an mma
-  static constexpr int kSteps = 5;
+  static constexpr int kSteps = kWarpsC == 8 ? 7 : 5;
   static constexpr int kPixels = kSteps * kStepPixels;
-  static constexpr int kMaxPatch = 16 * Math::kLanes;
+  static constexpr int kMaxPatch = (kWarpsC == 8 ? 24 : 16) * Math::kLanes;
   static constexpr int kPad = 128 / Math::kLanes;
   static constexpr int kGradientChunks = kTileK / Math::kLanes,
                        kInputChunks = kTileC / Math::kLanes;  // a pixel
   static constexpr int kGradientRow = kGradientChunks * 16 + kPad, kInputRow = kInputChunks * 16 + kPad;
   static constexpr int kGradientBytes = kPixels * kGradientRow;
   static constexpr int kBufferBytes = kGradientBytes + kMaxPatch * kInputRow;
-  static constexpr int kPlaceBytes = 2 * kPixels * 2;
+  // Of four tiles where their pixels' windows begin in the patch, of two the numbers of their pixels of g
+  // and of x.
+  static constexpr int kPlacesBegin = 2 * kBufferBytes, kNumbersBegin = kPlacesBegin + 4 * kPixels;
+  static constexpr int kNumbers = kPixels + kMaxPatch;
+  static constexpr int kPositionsBegin = kNumbersBegin + 2 * 4 * kNumbers;
   // What a thread has added up for the bias so far is kept here: registers are short.
-  static constexpr int kBiasBegin = 2 * kBufferBytes + kPlaceBytes + 3 * 16, kBiasBytes = kThreads * 8;
-  static constexpr int kSharedBytes = kBiasBegin + kBiasBytes;
+  static constexpr int kBiasBegin = kPositionsBegin + 3 * 16, kBiasValues = 4;
+  static constexpr int kSharedBytes = kBiasBegin + kThreads * kBiasValues * 4;
+  static_assert(kMaxPatch <= 256 && kPositionsBegin % 16 == 0);
+  // Who finds a tile's pixels: whole warps those of g, others those of x.
+  static constexpr int kPlaceThreads = (kPixels + 31) / 32 * 32;
+  static_assert(kPlaceThreads + kMaxPatch <= kThreads);
   // Items of g, then of x, one a step.
   static constexpr int kGradientItems = (kPixels * kGradientChunks + kThreads - 1) / kThreads;
   static constexpr int kInputItems = (kMaxPatch * kInputChunks + kThreads - 1) / kThreads;
@@ -76,11 +95,17 @@ struct GradientTile {
   static_assert(kGradientChunks <= 64 / Math::kLanes && kPixels * kGradientChunks % 32 == 0);
   static_assert(kTileK <= kThreads);
 
+  /// Of the warp's output channels the one of acc's row lane / 4 + 8 i. Where a lane reads numbers one by
+  /// one, two of its rows are adjacent channels, which it reads at once.
+  static __device__ __forceinline__ int channel(int i, int lane) {
+    return Math::kLanes == 4 ? i / 2 * 16 + (lane >> 2) * 2 + i % 2 : 8 * i + (lane >> 2);
+  }
+
   /// acc += the products of kStepPixels pixels from `pixel0` on. g is [pixel][kTileK] from the warp's first
   /// channel on, x the patch from the warp's first channel on, places[pixel] where in it a pixel's window
   /// begins.
   static __device__ __forceinline__ void multiply(float (&acc)[MT][kTaps][4], const unsigned char* g,
-                                                  const unsigned char* x, int pitch, const uint16_t* places,
+                                                  const unsigned char* x, int pitch, const uint8_t* places,
                                                   int pixel0, int lane) {
     if constexpr (std::is_same_v<Math, Bf16>) {
       uint32_t a[MT][4];
@@ -111,13 +136,13 @@ struct GradientTile {
     } else if constexpr (std::is_same_v<Math, Tf32>) {
       const int row = lane >> 2, t = lane & 3;
       uint32_t a[MT][4];
-      g += (pixel0 + t) * kGradientRow + row * 4;
+      g += (pixel0 + t) * kGradientRow + channel(0, lane) * 4;
 #pragma unroll
       for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          a[mt][i] =
-              *reinterpret_cast<const uint32_t*>(g + i / 2 * 4 * kGradientRow + (16 * mt + i % 2 * 8) * 4);
+        for (int half = 0; half < 2; ++half) {
+          const uint2 two = *reinterpret_cast<const uint2*>(g + half * 4 * kGradientRow + mt * 64);
+          a[mt][2 * half] = two.x, a[mt][2 * half + 1] = two.y;
         }
       }
       const unsigned char* const at[2] = {x + places[pixel0 + t] * kInputRow + row * 4,
@@ -128,7 +153,7 @@ struct GradientTile {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const unsigned char* const shifted = at[i] + tap / 3 * pitch * kInputRow + tap % 3 * kInputRow;
-          b[i] = to_tf32(*reinterpret_cast<const float*>(shifted));
+          b[i] = *reinterpret_cast<const uint32_t*>(shifted);
         }
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt) mma_tf32(acc[mt][tap], a[mt], b);
@@ -139,7 +164,7 @@ struct GradientTile {
         float a[2 * MT];
 #pragma unroll
         for (int i = 0; i < 2 * MT; ++i) {
-          a[i] = *reinterpret_cast<const float*>(g + pixel * kGradientRow + (8 * i + (lane >> 2)) * 4);
+          a[i] = *reinterpret_cast<const float*>(g + pixel * kGradientRow + channel(i, lane) * 4);
         }
         const unsigned char* const at = x + places[pixel] * kInputRow + 2 * (lane & 3) * 4;
 #pragma unroll
@@ -158,24 +183,22 @@ struct GradientTile {
   }
 };
 
-/// Of the sums of v over the lanes that differ in bits 4 and, of eight values, 3: a lane gets two, in v[0]
-/// and v[1], of v's values from shared_out_channel(lane) on. Two registers of sums are so kept instead of
-/// eight.
+/// Of eight values, which two lanes have of the same channels: their sums, of which the upper lane gets the
+/// last four. So a thread keeps four sums.
 template <int kValues>
-__device__ __forceinline__ void share_out(float (&v)[kValues], int lane) {
+__device__ __forceinline__ float4 share_out(const float (&v)[kValues], int lane) {
+  if constexpr (kValues == 4) {
+    return make_float4(v[0], v[1], v[2], v[3]);
+  } else {
+    float sums[4];
+    const bool upper = (lane & 16) != 0;
 #pragma unroll
-  for (int half = kValues / 2, bit = 16; half > 1; half /= 2, bit /= 2) {
-    const bool upper = (lane & bit) != 0;
-#pragma unroll
-    for (int j = 0; j < half; ++j) {
-      const float kept = upper ? v[half + j] : v[j], given = upper ? v[j] : v[half + j];
-      v[j] = kept + __shfl_xor_sync(0xffffffffu, given, bit);
+    for (int j = 0; j < 4; ++j) {
+      const float kept = upper ? v[4 + j] : v[j], given = upper ? v[j] : v[4 + j];
+      sums[j] = kept + __shfl_xor_sync(0xffffffffu, given, 16);
     }
+    return make_float4(sums[0], sums[1], sums[2], sums[3]);
   }
-}
-template <int kValues>
-__device__ __forceinline__ int shared_out_channel(int lane) {
-  return kValues == 8 ? (lane >> 4 & 1) * 4 + (lane >> 3 & 1) * 2 : (lane >> 4 & 1) * 2;
 }
 
 template <class Source, class Gradient>
@@ -195,13 +218,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   using Math = typename Tile::Math;
   constexpr int kLanes = Math::kLanes;
   unsigned char* const shared = dynamic_shared<unsigned char>();
-  uint16_t* const places = reinterpret_cast<uint16_t*>(shared + 2 * Tile::kBufferBytes);
-  int4* const positions = reinterpret_cast<int4*>(shared + 2 * Tile::kBufferBytes + Tile::kPlaceBytes);
+  uint8_t* const places = shared + Tile::kPlacesBegin;
+  int* const numbers = reinterpret_cast<int*>(shared + Tile::kNumbersBegin);
+  int4* const positions = reinterpret_cast<int4*>(shared + Tile::kPositionsBegin);
   const int4* const share = positions + 2;
   const SpreadTiling& tiling = conv.tiling;
   const int thread = threadIdx.x;
-  const auto warp_k = [](int thread) { return thread / 128 * 16 * Tile::MT; };
-  const auto warp_c = [](int thread) { return thread / 32 % 4 * 8; };
+  const auto warp_k = [](int thread) { return thread / (Tile::kThreads / 2) * 16 * Tile::MT; };
+  const auto warp_c = [](int thread) { return thread / 32 % (Tile::kTileC / 8) * 8; };
   const int c_tiles = (conv.C + Tile::kTileC - 1) / Tile::kTileC;
   const int k_tiles = (conv.K + Tile::kTileK - 1) / Tile::kTileK;
   const int block = static_cast<int>(blockIdx.x), split_of_block = block / c_tiles / k_tiles;
@@ -212,28 +236,31 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const auto x_channel = [&](int thread) { return share->y + thread % Tile::kInputChunks * kLanes; };
 
   // Items are of one step, so that they take no registers after it; a step has one of the two, which a union
-  // says: each in a place of its own would stay in registers beside the products.
+  // says: each in a place of its own would stay in registers beside the products. In TF32 x comes through
+  // registers too, and is rounded once instead of for each of the taps and warps.
+  using InputItem = Item<Math, Source, !std::is_same_v<Math, Tf32>>;
   union Items {
-    Item<Math, Gradient> g;
-    Item<Math, Source> x;
+    typename Gradient::template Fetched<kLanes> g;
+    InputItem x;
   };
-  float2* const bias = reinterpret_cast<float2*>(shared + Tile::kBiasBegin);
-  if constexpr (Gradient::kHasBias) bias[thread] = make_float2(0.0f, 0.0f);
+  float4* const bias = reinterpret_cast<float4*>(shared + Tile::kBiasBegin);
+  if constexpr (Gradient::kHasBias) bias[thread] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 
-  const auto start = [&](Items& items, const Tiling::Position& at, int i, int buffer) {
+  const auto start = [&](Items& items, int i, int buffer) {
     const int thread = fresh_thread();
-    unsigned char* const to = shared + buffer * Tile::kBufferBytes;
+    const int* const of_tile = numbers + buffer * Tile::kNumbers;
     if (i < Tile::kGradientItems) {
       const int number = thread + i * Tile::kThreads, pixel = number / Tile::kGradientChunks;
       if (pixel < Tile::kPixels) {
-        items.g.start(conv.gradient, tiling.output(at, tiling.place<false>(pixel)), g_channel(thread), to);
+        conv.gradient.template fetch<kLanes>(NumberedPixel(of_tile[pixel]), g_channel(thread), items.g);
       }
     } else {
       const int number = thread + (i - Tile::kGradientItems) * Tile::kThreads;
       const int pixel = number / Tile::kInputChunks;
       if (pixel < tiling.patch_pixels) {
-        items.x.start(conv.x, tiling.input(at, pixel), x_channel(thread),
-                      to + Tile::kGradientBytes + pixel * Tile::kInputRow + number % Tile::kInputChunks * 16);
+        items.x.start(conv.x, NumberedPixel(of_tile[Tile::kPixels + pixel]), x_channel(thread),
+                      shared + buffer * Tile::kBufferBytes + Tile::kGradientBytes + pixel * Tile::kInputRow +
+                          number % Tile::kInputChunks * 16);
       }
     }
   };
@@ -243,15 +270,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     if (i < Tile::kGradientItems) {
       const int number = thread + i * Tile::kThreads, pixel = number / Tile::kGradientChunks;
       if (pixel < Tile::kPixels) {
-        float v[kLanes];
-        conv.gradient.template values<kLanes>(items.g.fetched, g_channel(thread), v);
+        const uint4 packed = pack_values<Math>(conv.gradient, items.g, g_channel(thread));
         *reinterpret_cast<uint4*>(to + pixel * Tile::kGradientRow + number % Tile::kGradientChunks * 16) =
-            Math::pack(v);
-        if constexpr (Gradient::kHasBias) {
+            packed;
+        if constexpr (Gradient::kHasBias && !kPacked<Math, Gradient>) {
           if (share->y == 0) {  // once for all input channels
-            share_out(v, thread % 32);
-            const float2 before = bias[thread];
-            bias[thread] = make_float2(before.x + v[0], before.y + v[1]);
+            float v[kLanes];
+            conv.gradient.template values<kLanes>(items.g, g_channel(thread), v);
+            const float4 more = share_out(v, thread % 32), before = bias[thread];
+            bias[thread] =
+                make_float4(before.x + more.x, before.y + more.y, before.z + more.z, before.w + more.w);
           }
         }
       }
@@ -265,24 +293,55 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       }
     }
   };
-  const auto find_places = [&](const Tiling::Position& at, int buffer) {
+  // The bias' gradient of values that are exact in bfloat16: a tile's products with ones, 16 channels and
+  // some of the steps a warp.
+  constexpr int kRows = Tile::kTileK / 16, kParts = Tile::kThreads / 32 / kRows;
+  const auto add_bias = [&](const unsigned char* g) {
+    const int thread = fresh_thread(), lane = thread % 32, warp = thread / 32;
+    g += (lane & 7) * Tile::kGradientRow + (lane >> 4 << 3) * Tile::kGradientRow + (lane >> 3 & 1) * 16;
+    float sums[4] = {};
+#pragma unroll
+    for (int i = 0; i < (Tile::kSteps + kParts - 1) / kParts; ++i) {
+      const int step = warp / kRows + i * kParts;
+      if (step >= Tile::kSteps) break;
+      uint32_t a[4];
+      ldmatrix_x4_trans(a, g + step * Tile::kStepPixels * Tile::kGradientRow + warp % kRows * 32);
+      mma_bf16(sums, a, {0x3f803f80u, 0x3f803f80u});
+    }
+    if (lane % 4 == 0) {
+      float* const to = reinterpret_cast<float*>(bias) + warp * 16 + lane / 4;
+      to[0] += sums[0];
+      to[8] += sums[2];
+    }
+  };
+  // What a tile's items and products need to know of its pixels, once for all channels: `turn` counts tiles.
+  const auto find_pixels = [&](const Tiling::Position& at, int turn) {
     const int thread = fresh_thread(), lane = thread % 32;
-    if (thread - lane >= Tile::kPixels) return;  // whole warps
-    const int2 place = tiling.place<false>(thread);
-    const bool there = tiling.output(at, place).inside;
-    const int together = lane / kLanes * kLanes;  // the first of those that are read at once
-    const uint32_t others = __ballot_sync(0xffffffffu, there) >> together & ((1u << kLanes) - 1);
-    const int from = there || others == 0 ? lane : together + __ffs(static_cast<int>(others)) - 1;
-    const int window = __shfl_sync(0xffffffffu, tiling.window(at, place), from);
-    if (thread < Tile::kPixels) places[buffer * Tile::kPixels + thread] = static_cast<uint16_t>(window);
+    int* const of_tile = numbers + turn % 2 * Tile::kNumbers;
+    if (thread < Tile::kPlaceThreads) {
+      const int2 place = tiling.place<false>(thread);
+      const Pixel pixel = tiling.output(at, place);
+      const int together = lane / kLanes * kLanes;  // the first of those that are read at once
+      const uint32_t others = __ballot_sync(0xffffffffu, pixel.inside) >> together & ((1u << kLanes) - 1);
+      const int from = pixel.inside || others == 0 ? lane : together + __ffs(static_cast<int>(others)) - 1;
+      const int window = __shfl_sync(0xffffffffu, tiling.window(at, place), from);
+      if (thread < Tile::kPixels) {
+        places[turn % 4 * Tile::kPixels + thread] = static_cast<uint8_t>(window);
+        of_tile[thread] = conv.gradient.number(pixel);
+      }
+    } else if (thread - Tile::kPlaceThreads < tiling.patch_pixels) {
+      const int pixel = thread - Tile::kPlaceThreads;
+      of_tile[Tile::kPixels + pixel] = conv.x.number(tiling.input(at, pixel));
+    }
   };
 
-  // What the block is at and does is kept in shared memory, registers are short: the next tile's position and
-  // number; its first channels k and c, its split and where that ends.
+  // What the block is at and does is kept in shared memory, registers are short: position and number of the
+  // tile behind the next one; its first channels k and c, its split and where that ends.
   const int first_of_share = first_tile(split_of_block);
-  const Tiling::Position first = tiling.position(first_of_share);
+  find_pixels(tiling.position(first_of_share), 0);
+  find_pixels(tiling.position(first_of_share + 1), 1);
   if (thread == 0) {
-    tiling.store_position(first_of_share + 1, positions + 1, first_of_share + 1);
+    tiling.store_position(first_of_share + 2, positions, first_of_share + 2);
     positions[2] = make_int4(block / c_tiles % k_tiles * Tile::kTileK, block % c_tiles * Tile::kTileC,
                              split_of_block, first_tile(split_of_block + 1));
   }
@@ -290,32 +349,37 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 #pragma unroll 1
   for (int i = 0; i < Tile::kSteps; ++i) {
     Items items;
-    start(items, first, i, 0);
+    start(items, i, 0);
     finish(items, i, 0);
   }
-  find_places(first, 0);
   cp_async_commit();
 
   float acc[Tile::MT][kTaps][4] = {};
-  int buffer = 0;
-  bool more = true;
+  int more = 1;
 #pragma unroll 1
-  for (; more; buffer ^= 1) {
+  for (int turn = 0; more != 0; ++turn) {
     cp_async_wait<0>();
     __syncthreads();
-    const int4* const next = positions + (buffer ^ 1);
-    more = next->w < share->w;
-    if (more) find_places(Tiling::load(next), buffer ^ 1);
-    if (fresh_thread() == 0) tiling.store_position(next->w + 1, positions + buffer, next->w + 1);
-#pragma unroll 1
+    const int buffer = turn % 2;
+    const int4* const second = positions + buffer;  // of the tile behind the next one
+    more = in_a_register(second->w <= share->w);
+    if (second->w < share->w) find_pixels(Tiling::load(second), turn + 2);
+    if (fresh_thread() == 0) {
+      const Tiling::Position at = tiling.next(Tiling::load(second));
+      positions[buffer ^ 1] = make_int4(at.n, at.p, at.q, second->w + 1);
+    }
+    if constexpr (Gradient::kHasBias && kPacked<Math, Gradient>) {
+      if (share->y == 0) add_bias(shared + buffer * Tile::kBufferBytes);  // once for all input channels
+    }
+#pragma unroll
     for (int step = 0; step < Tile::kSteps; ++step) {
       Items items;
-      if (more) start(items, Tiling::load(next), step, buffer ^ 1);
+      if (more != 0) start(items, step, buffer ^ 1);
       const int now = fresh_thread(), bytes = 16 / kLanes;
       const unsigned char* const g = shared + buffer * Tile::kBufferBytes;
       Tile::multiply(acc, g + warp_k(now) * bytes, g + Tile::kGradientBytes + warp_c(now) * bytes,
-                     tiling.pitch, places + buffer * Tile::kPixels, step * Tile::kStepPixels, now % 32);
-      if (more) finish(items, step, buffer ^ 1);
+                     tiling.pitch, places + turn % 4 * Tile::kPixels, step * Tile::kStepPixels, now % 32);
+      if (more != 0) finish(items, step, buffer ^ 1);
     }
     cp_async_commit();
   }
@@ -328,7 +392,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     float* const out = conv.dweight + (static_cast<int64_t>(split) * kTaps + tap) * conv.K * conv.C + c;
 #pragma unroll
     for (int i = 0; i < 2 * Tile::MT; ++i) {
-      const int k = k0 + warp_k(thread) + 8 * i + (lane >> 2);
+      const int k = k0 + warp_k(thread) + Tile::channel(i, lane);
       const float d[2] = {acc[i / 2][tap][i % 2 * 2], acc[i / 2][tap][i % 2 * 2 + 1]};
       float* const to = out + static_cast<int64_t>(k) * conv.C;
       if (k >= conv.K) continue;
@@ -345,10 +409,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     if (c0 > 0) return;
     __syncthreads();  // the bias' sums of all are there
     if (thread < Tile::kTileK && k0 + thread < conv.K) {
+      const float* sums = reinterpret_cast<const float*>(bias);
       float total = 0.0f;
-      for (int i = thread / kLanes; i < Tile::kThreads; i += Tile::kGradientChunks) {
-        if (shared_out_channel<kLanes>(i % 32) == thread % kLanes / 2 * 2) {
-          total += thread % 2 == 0 ? bias[i].x : bias[i].y;
+      if constexpr (kPacked<Math, Gradient>) {
+        for (int part = 0; part < kParts; ++part) total += sums[part * Tile::kTileK + thread];
+      } else {
+        sums += thread % 4;
+        for (int i = thread / kLanes; i < Tile::kThreads; i += Tile::kGradientChunks) {
+          if (kLanes == 4 || (i >> 4 & 1) == thread % kLanes / 4) total += sums[i * Tile::kBiasValues];
         }
       }
       conv.dbias[static_cast<int64_t>(split) * conv.K + k0 + thread] = total;
@@ -380,10 +448,16 @@ static __global__ void __launch_bounds__(kAddThreads)
 
 // ---- launching -----------------------------------------------------------------------------------
 
-/// Blocks along the pixels, for tiles of 64 x 32 channels: as many as the multiprocessors hold at once.
+/// Input channels of a tile, where it may have 64 output channels.
+inline bool is_wide(const ConvSize& s) { return s.K > 32 && s.C > 32; }
+
+/// Blocks along the pixels: as many as the multiprocessors hold at once of those with 64 x 64 channels, or
+/// two of 64 x 32.
 inline int64_t most_gradient_splits(const ConvCall& call) {
-  const int64_t c_tiles = round_up(call.size.C, 32) / 32, k_tiles = round_up(call.size.K, 64) / 64;
-  return std::max<int64_t>(1, 2 * static_cast<int64_t>(call.multiprocessors) / (c_tiles * k_tiles));
+  const int64_t width = is_wide(call.size) ? 64 : 32;
+  const int64_t c_tiles = round_up(call.size.C, width) / width, k_tiles = round_up(call.size.K, 64) / 64;
+  const int64_t blocks = 64 / width * static_cast<int64_t>(call.multiprocessors);
+  return std::max<int64_t>(1, blocks / (c_tiles * k_tiles));
 }
 
 /// Bytes of the splits' sums.
@@ -427,6 +501,7 @@ cudaError_t launch_weight_gradient(void (*kernel)(WeightGradient<Source, Gradien
 template <class Math, class Source, class Gradient>
 cudaError_t weight_gradient(const ConvCall& call, const Source& x, const Gradient& gradient, float* dweight,
                             float* dbias, void* workspace, cudaStream_t stream) {
+  if (call.size.N * call.size.H * call.size.W > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
   const auto with = [&]<class Tile>(Tile*) {
     return launch_weight_gradient<Tile>(&conv_weight_gradient_kernel<Tile, Source, Gradient>, call, x,
                                         gradient, dweight, dbias, workspace, stream);
@@ -435,7 +510,15 @@ cudaError_t weight_gradient(const ConvCall& call, const Source& x, const Gradien
   // no registers left.
   constexpr bool kNarrow = !std::is_same_v<typename Source::Element, typename Math::Shared>;
   if (kNarrow || call.size.K <= 32) return with(static_cast<GradientTile<Math, 1>*>(nullptr));
-  return with(static_cast<GradientTile<Math, kNarrow ? 1 : 2>*>(nullptr));
+  // Nor has the wide one where both operands are computed of several tensors.
+  constexpr bool kMayBeWide =
+      Source::kPlain || !std::is_same_v<Gradient, PooledReluGradient<typename Gradient::Element>>;
+  if constexpr (!kNarrow) {
+    if (kMayBeWide && is_wide(call.size)) {
+      return with(static_cast<GradientTile<Math, 2, kMayBeWide ? 8 : 4>*>(nullptr));
+    }
+    return with(static_cast<GradientTile<Math, 2>*>(nullptr));
+  }
 }
 
 }  // namespace maskcore

@@ -131,7 +131,7 @@ class Call {
   cudaStream_t stream_ = nullptr;
 };
 
-/// Pixels are counted in 64 bits, the elements of a row of them in 32.
+/// Elements are counted in 64 bits, those of a row of pixels in 32.
 void check_row(int64_t W, int64_t C, const char* name) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 1024;
   STD_TORCH_CHECK(C <= kMost && W < kMost && (W + 1) <= kMost / std::max<int64_t>(C, 1), name,
@@ -175,6 +175,8 @@ ConvCall conv_call(const Call& call, const Tensor& x, const Tensor& weight, int6
                   " must have at least one input and one output channel");
   check_row(size.W, size.C, "x");
   check_row(size.W + 2 * padding, size.K, "the convolution's output");
+  STD_TORCH_CHECK(size.N <= std::numeric_limits<int32_t>::max() / (size.H * size.W),
+                  "x must have fewer than 2^31 pixels, has ", size.N, " x ", size.H, " x ", size.W);
   return {size, dtype, parse_precision(precision), call.multiprocessors(), call.shared_bytes()};
 }
 

@@ -131,6 +131,29 @@ __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
   return packed;
 }
 
+// cvt.rn.relu.bf16x2.f32: the same of max(lo, 0) and max(hi, 0); 0x7fff, a NaN, of a NaN.
+__device__ __forceinline__ uint32_t pack_relu_bf16(float lo, float hi) {
+  uint32_t packed;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}
+
+// max.NaN.bf16x2: of each half the larger one, +0 above -0; 0x7fff, a NaN, where either is one.
+__device__ __forceinline__ uint32_t max_nan_bf16(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.NaN.bf16x2 %0, %1, %2;\n" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
+// prmt.b32 with replicated signs: the lower half is all ones where byte kLow of x has its upper bit set, else
+// zeros, the upper half so by byte kHigh.
+template <int kLow, int kHigh>
+__device__ __forceinline__ uint32_t sign_masks(uint32_t x) {
+  uint32_t masks;
+  asm("prmt.b32 %0, %1, 0, %2;\n" : "=r"(masks) : "r"(x), "n"(0x8888 + kLow * 0x0011 + kHigh * 0x1100));
+  return masks;
+}
+
 }  // namespace maskcore
 #endif
 
@@ -147,6 +170,14 @@ __device__ __forceinline__ int fresh_thread() {
   __builtin_assume(thread >= 0 && thread < 1024);  // its quotients need no care of signs
   return thread;
 #endif
+}
+
+// The same value, which is then kept in one register, not made again of those it came from.
+__device__ __forceinline__ int in_a_register(int value) {
+#ifndef MASKCORE_CUDA_EMULATION
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
 }
 
 // The inverse of pack_bf16, exact: a bfloat16 is a float's upper half.

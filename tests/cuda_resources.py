@@ -234,7 +234,7 @@ def counted(operations: Sequence[Operation], labels: dict[str, int]) -> Counted:
     loops = {(to, i + 1) for i, to in jumps.items() if to <= i and multiplies(to, i + 1)}
     if not loops:
         return Counted(0, 0, 0)
-    first, end = min(loops, key=lambda loop: loop[1] - loop[0])
+    first, end = max(loops, key=lambda loop: (multiplies(*loop), loop[0] - loop[1]))
     of_blocks = {first, end} | {i + 1 for i in jumps if first <= i < end}
     bounds = sorted(of_blocks | {to for to in jumps.values() if first <= to < end})
     blocks = dict(itertools.pairwise(bounds))

@@ -74,7 +74,7 @@ class Size(NamedTuple):
 
 
 # Tiles are 128 pixels by 32, 64 or 128 output channels; slabs 16 float32 or 32 bfloat16 channels; the weight
-# gradient's tiles are 80 or 40 pixels by 32 or 64 output and 32 input channels.
+# gradient's tiles are 80 or 40 pixels by 32 or 64 output and 32 input channels, or 112 or 56 by 64 and 64.
 SIZES = [
     Size(1, 3, 3, 1, 1, 0),  # one output
     Size(2, 1, 1, 5, 3, 1),  # one pixel, all border
@@ -236,8 +236,9 @@ def test_conv_relu_backward_whole_numbers(backward: cuda_emulator.Kernels, s: Si
 def test_filter_gradient_in_several_splits_of_several_tiles(
     backward: cuda_emulator.Kernels, kind: str
 ) -> None:
-    """16 blocks: up to 4 splits for each of 2 x 2 tiles of channels."""
-    check_backward_whole_numbers(backward, Size(2, 9, 18, 40, 65, 1), kind, 8)
+    """16 blocks: 4 splits for each of 2 x 2 tiles of 64 x 64 channels; and of 2 x 1 of 32 or 64 x 32."""
+    check_backward_whole_numbers(backward, Size(2, 16, 40, 72, 65, 1), kind, 16)
+    check_backward_whole_numbers(backward, Size(2, 9, 18, 20, 65, 1), kind, 8)
 
 
 def check_backward_whole_numbers(

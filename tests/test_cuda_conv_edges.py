@@ -252,7 +252,7 @@ def test_results_may_lie_anywhere(forward: Kernels, batch_norm: Kernels, kind: s
 @pytest.mark.parametrize("C", [8, 3])
 def test_convolutions_count_elements_in_64_bits(forward: Kernels, C: int, pool: bool) -> None:
     """The first and the last block of the launch on sparse memory; x and, unless pooled, y have more than 2^31
-    elements. The gradients' kernels take their addresses from the same functions (Tiling, Pixel::element)."""
+    elements. Backward-data takes its addresses from the same functions (Tiling, Pixel::element)."""
     K = 8
     s = Size(2**31 // (4 * 64 * C) + 1, 4, 64, C, K, 1)
     x = cuda_emulator.sparse((s.N, s.H, s.W, C), "float32")
@@ -279,6 +279,30 @@ def test_convolutions_count_elements_in_64_bits(forward: Kernels, C: int, pool: 
     assert not y[s.N // 2].any()
     if pool:
         assert not argmax[-1, -1, -1].any()
+
+
+def test_filter_gradients_count_elements_in_64_bits(backward: Kernels) -> None:
+    """The last block alone, that of the last channels and images, whose sums are read from the workspace."""
+    s = Size(4200, 8, 8, 8192, 8, 0)
+    call = conv_call(s, KINDS["tf32"], multiprocessors=2**14)
+    x = cuda_emulator.sparse((s.N, s.H, s.W, s.C), "float32")
+    assert x.size > 2**31
+    dy, y = (cuda_emulator.sparse((s.N, s.P, s.Q, s.K), "float32") for _ in range(2))
+    weight = cuda_emulator.sparse((s.K, s.C, 3, 3), "float32")
+    x[-1, ..., -32:], dy[-1], y[-1] = 2.0, np.arange(s.K), 1.0
+    *_, launch, _ = backward.record(
+        "launch_conv_relu_backward", call.ctypes.data, *[1 << 20] * 4, None, *[1 << 20] * 3
+    )
+    c_tiles = s.C // 32
+    splits = launch.grid[0] // c_tiles
+    sums = cuda_emulator.sparse((2**28,), "float32")
+    outputs = (cuda_emulator.sparse(weight.shape, "float32"), cuda_emulator.sparse((s.K,), "float32"))
+    arguments = (call, dy, x, weight, y, None, *outputs, sums)
+    backward.run("launch_conv_relu_backward", *arguments, only_blocks=[launch.grid[0] - 1])
+    size, begin = 9 * s.K * s.C, 9 * s.C * 16  # behind the packed filter, of 16 channels
+    last = sums[begin + (splits - 1) * size : begin + splits * size].reshape(9, s.K, s.C)
+    assert (last[..., -32:] == 2 * s.P * s.Q * np.arange(s.K)[:, None]).all()
+    assert not last[..., :-32].any()
 
 
 @pytest.mark.parametrize("C", [3, 16])

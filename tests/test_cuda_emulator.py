@@ -210,6 +210,27 @@ def test_conversions(instructions: Kernels) -> None:
     assert torch.equal(ours, torch.from_numpy(x[finite]).bfloat16().float())
 
 
+def test_pairs_of_bfloat16(instructions: Kernels) -> None:
+    """max.NaN, prmt of signs and cvt.relu of every kind of number, in both halves of a word."""
+    # a, b, the larger one, max(a, 0): +0 is above -0, and every NaN, of either sign, becomes 0x7fff.
+    table = [(0x3F80, 0x4000, 0x4000, 0x3F80), (0xBF80, 0x0000, 0x0000, 0x0000), (0x8000, 0x0000, 0x0000, 0x0000),
+             (0x0000, 0x8000, 0x0000, 0x0000), (0x0001, 0x0000, 0x0001, 0x0001), (0x8001, 0x0000, 0x0000, 0x0000),
+             (0xFF80, 0x0000, 0x0000, 0x0000), (0x7F80, 0x0000, 0x7F80, 0x7F80), (0x7FC0, 0x0000, 0x7FFF, 0x7FFF),
+             (0xFFC0, 0x0000, 0x7FFF, 0x7FFF), (0xC000, 0xBF80, 0xBF80, 0x0000), (0x8000, 0x8000, 0x8000, 0x0000),
+             (0x3F80, 0xFF81, 0x7FFF, 0x3F80)]  # fmt: skip
+    rows = np.array(table, np.uint32)
+    a, b, larger, relu = (rows[:, i] | rows[::-1, i] << 16 for i in range(4))
+    n = len(a)
+    ours, masks, of_relu = np.zeros(n, np.uint32), np.zeros((n, 2), np.uint32), np.zeros(n, np.uint32)
+    instructions.run("launch_pairs", a, b, Output(ours), Output(masks), Output(of_relu), n)
+    assert ours.tolist() == larger.tolist()
+    assert of_relu.tolist() == relu.tolist()
+    low, high = np.uint32(0xFFFF), np.uint32(0xFFFF0000)
+    signs = [(a >> (8 * byte + 7) & 1).astype(bool) for byte in range(4)]
+    assert masks[:, 0].tolist() == (np.where(signs[1], low, 0) | np.where(signs[3], high, 0)).tolist()
+    assert masks[:, 1].tolist() == (np.where(signs[2], low, 0) | np.where(signs[0], high, 0)).tolist()
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("valid", range(8))
 def test_cp_async_copies_or_zeroes(instructions: Kernels, valid: int, order: Order) -> None:

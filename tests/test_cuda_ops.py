@@ -262,7 +262,7 @@ LONG = r"must have fewer than 2\^31 elements in a row"
         ("softmax_cross_entropy", (meta(0, 3), meta(0, dtype=torch.int64)), "logits must hold at least one sample"),
         ("adam_", (TWO, [], [], [], *SETTINGS, 1, True), "must be as many as parameters"),
         ("adam_", (TWO, TWO, TWO, TWO, *SETTINGS, 0, True), "step must count from 1, is 0"),
-        # Sizes that the kernels' arithmetic does not reach: a row of 2^31 elements, 2^31 rows.
+        # Sizes that the kernels' arithmetic does not reach: a row of 2^31 elements, 2^31 pixels.
         ("conv_relu", (meta(1, 8, 2**29, 5), WEIGHT, BIAS, 0), f"x {LONG}, has 536870912 x 5"),
         ("conv_relu", (meta(1, 8, 2**28, 5), meta(9, 5, 3, 3), meta(9), 0), f"the convolution's output {LONG}"),
         ("max_pool", (meta(1, 8, 2**29, 5),), f"x {LONG}"),
@@ -271,7 +271,7 @@ LONG = r"must have fewer than 2\^31 elements in a row"
             (meta(1, 8, 2**30, 3, dtype=torch.uint8), meta(1, 6, dtype=torch.float64), 0.0, 1.0),
             f"pictures {LONG}",
         ),
-        ("conv_relu", (meta(2**29, 8, 8, 5), WEIGHT, BIAS, 0), "conv_relu could not be launched: invalid argument"),
+        ("conv_relu", (meta(2**25, 8, 8, 5), WEIGHT, BIAS, 0), r"x must have fewer than 2\^31 pixels, has 33554432"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_computed_is_refused(

@@ -49,7 +49,7 @@ BACKWARD = [PATCH, FILTER]
 # Pixels that a tile lacks read the window of one that is read with them.
 GRADIENT = {
     "bf16": [Limit("conv_weight_gradient.cuh", "ldmatrix_x4_trans(b, rows);", "shared", "reads", 1.09)],
-    "tf32": [Limit("conv_weight_gradient.cuh", "b[i] = to_tf32(*reinterpret_cast<const float*>(shifted))",
+    "tf32": [Limit("conv_weight_gradient.cuh", "b[i] = *reinterpret_cast<const uint32_t*>(shifted)",
                    "shared", "reads", 1.01)],
 }  # fmt: skip
 # The network's last block in a batch of 32, whose tiles begin in one image and end in the next: behind the boundary

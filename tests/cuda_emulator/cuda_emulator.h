@@ -356,6 +356,14 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 
 uint32_t to_tf32(float x);
 uint32_t pack_bf16(float lo, float hi);
+uint32_t pack_relu_bf16(float lo, float hi);
+uint32_t max_nan_bf16(uint32_t a, uint32_t b);
+
+template <int kLow, int kHigh>
+uint32_t sign_masks(uint32_t x) {
+  const auto sign = [x](int byte) { return (x >> (8 * byte + 7) & 1u) != 0; };
+  return (sign(kLow) ? 0x0000ffffu : 0u) | (sign(kHigh) ? 0xffff0000u : 0u);
+}
 
 }  // namespace maskcore
 

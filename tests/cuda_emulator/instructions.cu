@@ -86,6 +86,18 @@ __global__ void convert_kernel(const float* x, uint32_t* tf32, uint32_t* pairs, 
   }
 }
 
+// Two bfloat16 a word.
+__global__ void pair_kernel(const uint32_t* a, const uint32_t* b, uint32_t* larger, uint32_t* masks,
+                            uint32_t* relu, int n) {
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += 32) {
+    larger[i] = max_nan_bf16(a[i], b[i]);
+    masks[2 * i] = sign_masks<1, 3>(a[i]);
+    masks[2 * i + 1] = sign_masks<2, 0>(a[i]);
+    const float2 two = unpack_bf16(a[i]);
+    relu[i] = pack_relu_bf16(two.x, two.y);
+  }
+}
+
 // 28 bytes a thread by copies of every size; where not valid, zeros.
 __global__ void cp_async_kernel(const float* x, float* y, int valid) {
   float* s = dynamic_shared<float>();
@@ -221,6 +233,10 @@ cudaError_t launch_vote(const int* votes, uint32_t* results, cudaStream_t stream
 cudaError_t launch_convert(const float* x, uint32_t* tf32, uint32_t* pairs, float* unpacked, int n,
                            cudaStream_t stream) {
   return launch(convert_kernel, 1, 32, 0, stream, x, tf32, pairs, unpacked, n);
+}
+cudaError_t launch_pairs(const uint32_t* a, const uint32_t* b, uint32_t* larger, uint32_t* masks,
+                         uint32_t* relu, int n, cudaStream_t stream) {
+  return launch(pair_kernel, 1, 32, 0, stream, a, b, larger, masks, relu, n);
 }
 cudaError_t launch_cp_async(const float* x, float* y, int valid, cudaStream_t stream) {
   return launch(cp_async_kernel, 1, 64, 64 * 32, stream, x, y, valid);
