@@ -31,14 +31,12 @@
 // infinite may be NaN.
 //
 // Budget, kTileK = 64
-//   shared     kTileC = 64: bf16 2 * (112 pixels + 192 of the patch) * (128 + 16) bytes = 87,552, TF32,
-//   float32
-//              2 * (56 + 96) * (256 + 32), the same; places 4 * 112, numbers 2 * 4 * 304, positions 48, bias
-//              8,192: 98,672, one block in 100 KB
-//              kTileC = 32: bf16 2 * (80 * (128 + 16) + 128 * (64 + 16)) = 43,520, TF32, float32 2 * (40 *
-//              (256
-//              + 32) + 64 * (128 + 32)), the same; places 4 * 80, numbers 2 * 4 * 208, positions 48, bias
-//              4,096: 49,648, two blocks in 100 KB
+//   shared     two buffers of g and of x's patch, of 87,552 or 43,520 bytes:
+//              kTileC = 64: 2 * (112 + 192) * (128 + 16) in bf16, 2 * (56 + 96) * (256 + 32) in TF32, float32
+//              kTileC = 32: 2 * (80 * (128 + 16) + 128 * (64 + 16)) in bf16,
+//                           2 * (40 * (256 + 32) + 64 * (128 + 32)) in TF32, float32
+//              and places 4 * 112 or 4 * 80, numbers 2 * 4 * 304 or 2 * 4 * 208, positions 48, bias 8,192 or
+//              4,096: 98,672 bytes, one block in 100 KB, or 49,648, two blocks
 //   registers  2 * 9 * 4 = 72 accumulators, 8 + 20 of fragments, 8 to 11 of an item on its way: within 65,536
 //              / 512 = 128, since what follows from the thread's number is computed anew each step and the
 //              bias is added up in shared memory. float32 tensors in bf16 have 16 to 19 on their way: kTileK
