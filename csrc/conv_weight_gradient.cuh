@@ -354,6 +354,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   }
   cp_async_commit();
 
+  // A step's addresses are constants, unless both operands are computed of several tensors, which leaves the
+  // wide tile no registers for more than one step's on an sm_100.
+  constexpr bool kBothComputed =
+      !Source::kPlain && std::is_same_v<Gradient, PooledReluGradient<typename Gradient::Element>>;
+  constexpr int kUnrolled = kBothComputed && Tile::kTileC == 64 ? 1 : Tile::kSteps;
   float acc[Tile::MT][kTaps][4] = {};
   int more = 1;
 #pragma unroll 1
@@ -371,9 +376,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     if constexpr (Gradient::kHasBias && kPacked<Math, Gradient>) {
       if (share->y == 0) add_bias(shared + buffer * Tile::kBufferBytes);  // once for all input channels
     }
-#pragma unroll
+#pragma unroll kUnrolled
     for (int step = 0; step < Tile::kSteps; ++step) {
       Items items;
+      if constexpr (kUnrolled == 1) more = second->w <= share->w;  // without a register kept for it
       if (more != 0) start(items, step, buffer ^ 1);
       const int now = fresh_thread(), bytes = 16 / kLanes;
       const unsigned char* const g = shared + buffer * Tile::kBufferBytes;
@@ -510,13 +516,8 @@ cudaError_t weight_gradient(const ConvCall& call, const Source& x, const Gradien
   // no registers left.
   constexpr bool kNarrow = !std::is_same_v<typename Source::Element, typename Math::Shared>;
   if (kNarrow || call.size.K <= 32) return with(static_cast<GradientTile<Math, 1>*>(nullptr));
-  // Nor has the wide one where both operands are computed of several tensors.
-  constexpr bool kMayBeWide =
-      Source::kPlain || !std::is_same_v<Gradient, PooledReluGradient<typename Gradient::Element>>;
   if constexpr (!kNarrow) {
-    if (kMayBeWide && is_wide(call.size)) {
-      return with(static_cast<GradientTile<Math, 2, kMayBeWide ? 8 : 4>*>(nullptr));
-    }
+    if (is_wide(call.size)) return with(static_cast<GradientTile<Math, 2, 8>*>(nullptr));
     return with(static_cast<GradientTile<Math, 2>*>(nullptr));
   }
 }
