@@ -388,13 +388,16 @@ class Pass:
         """Of the multiprocessor that has most to do, by what it has to do."""
         return self.of_weight(gpu) if self.name == "backward-weight" else self.of_pixels(gpu)
 
+    def tensor_cycles(self, gpu: Gpu, products: float) -> float:
+        return gpu.cycles(products, self.p.peak(gpu) / 2 * gpu.reachable)
+
     def units(
         self, gpu: Gpu, tiles: int, products: float, issued: float, shared: float, l2: float
     ) -> dict[str, float]:
         """Of tiles with so many products, instructions for each of the tensor cores', and bytes."""
         depth = 8 * 16 * self.p.slab / 2  # products of one instruction
         return {
-            "tensor cores": tiles * gpu.cycles(products, self.p.peak(gpu) / 2 * gpu.reachable),
+            "tensor cores": self.tensor_cycles(gpu, tiles * products),
             "shared memory": tiles * shared / 128,
             "L2": tiles * gpu.cycles(l2, gpu.l2),
             "issue": tiles * products / depth * issued / 4,
@@ -474,10 +477,11 @@ def passes(N: int, p: Precision) -> Iterator[tuple[Pass, Kernel]]:
 
 def share_of_roof(work: Pass, kernel: Kernel, gpu: Gpu) -> tuple[float, str]:
     """Of the roof with mma.sync, and what keeps it there."""
-    memory, peak = kernel.bytes / gpu.bandwidth, work.p.peak(gpu) * gpu.reachable
+    memory = kernel.bytes / gpu.bandwidth
+    products = work.tensor_cycles(gpu, kernel.operations / 2 / gpu.multiprocessors) / gpu.clock
     times = {name: cycles / gpu.clock for name, cycles in work.cycles(gpu).items()} | {"memory": memory}
     bound = max(times, key=lambda name: times[name])
-    return max(memory, kernel.operations / peak) / times[bound], bound
+    return max(memory, products) / times[bound], bound
 
 
 def reached(N: int, p: Precision) -> Iterator[str]:
