@@ -155,15 +155,10 @@ struct BatchNormRelu {
     if (!fetched.there) return;
 #pragma unroll
     for (int i = 0; i < kLanes; i += 4) {
-      Packet<float, 4> mean, scale, beta;
-      const float* const of = coefficients + 3 * (c + i);
-      mean.load_aligned(of);
-      scale.load_aligned(of + 4);
-      beta.load_aligned(of + 8);
+      float normalized[4];
+      normalize(fetched, c, i, normalized);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        out[i + j] = relu(fmaf(scale[j], fetched.z[i + j] - mean[j], beta[j]));
-      }
+      for (int j = 0; j < 4; ++j) out[i + j] = relu(normalized[j]);
     }
   }
   __device__ __forceinline__ uint4 packed(const Fetched<8>& fetched, int c) const {
@@ -171,19 +166,26 @@ struct BatchNormRelu {
     uint32_t pairs[4];
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
-      Packet<float, 4> mean, scale, beta;
-      const float* const of = coefficients + 3 * (c + i);
-      mean.load_aligned(of);
-      scale.load_aligned(of + 4);
-      beta.load_aligned(of + 8);
-#pragma unroll
-      for (int j = 0; j < 4; j += 2) {
-        pairs[(i + j) / 2] =
-            pack_relu_bf16(fmaf(scale[j], fetched.z[i + j] - mean[j], beta[j]),
-                           fmaf(scale[j + 1], fetched.z[i + j + 1] - mean[j + 1], beta[j + 1]));
-      }
+      float normalized[4];
+      normalize(fetched, c, i, normalized);
+      pairs[i / 2] = pack_relu_bf16(normalized[0], normalized[1]);
+      pairs[i / 2 + 1] = pack_relu_bf16(normalized[2], normalized[3]);
     }
     return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  }
+
+ private:
+  /// Of the channels c + i to c + i + 3, before the ReLU.
+  template <int kLanes>
+  __device__ __forceinline__ void normalize(const Fetched<kLanes>& fetched, int c, int i,
+                                            float (&out)[4]) const {
+    Packet<float, 4> mean, scale, beta;
+    const float* const of = coefficients + 3 * (c + i);
+    mean.load_aligned(of);
+    scale.load_aligned(of + 4);
+    beta.load_aligned(of + 8);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) out[j] = fmaf(scale[j], fetched.z[i + j] - mean[j], beta[j]);
   }
 };
 
