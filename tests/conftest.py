@@ -1,4 +1,4 @@
-"""The yardstick that every numerical test measures with, and what keeps the tests independent."""
+"""The devices and the yardstick of every numerical test, and what keeps the tests independent."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import cuda_emulator
 import pytest
 import torch
 from torch import Tensor
+
+import maskcore
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -28,6 +30,45 @@ def _same_start() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+CUDA_STATE = str(maskcore.config()["CUDA"])
+#: The GPUs that are there and that maskcore's kernels run on.
+GPUS = [
+    f"cuda:{i}"
+    for i in range(torch.cuda.device_count())
+    if torch.cuda.get_device_name() == CUDA_STATE and torch.cuda.get_device_capability(i) >= (8, 0)
+]
+
+
+@pytest.fixture(params=["cpu", *GPUS])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device that operators can run on.
+
+    Numbers are drawn, and references computed, on the CPU: they are the same for all devices.
+    """
+    return str(request.param)
+
+
+@pytest.fixture(params=GPUS or ["cuda:0"])
+def gpu(request: pytest.FixtureRequest) -> str:
+    """Every GPU; where there is none the test is skipped."""
+    if not GPUS:
+        pytest.skip(f"needs a GPU: maskcore's CUDA kernels are {CUDA_STATE}")
+    return str(request.param)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the CPU's algorithms a GPU knows nothing: there a test runs once."""
+
+    def repeats(item: pytest.Item) -> bool:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        return params.get("device") in GPUS and params.get("algorithm", "direct") != "direct"
+
+    repeated = [item for item in items if repeats(item)]
+    if repeated:
+        config.hook.pytest_deselected(items=repeated)
+        items[:] = [item for item in items if not repeats(item)]
+
+
 # Rounding errors of Winograd's F(4x4, 3x3) and F(6x6, 3x3) over those of a direct convolution: 5.3 and 23 in the root
 # mean square (measured with the points of csrc/winograd_transforms.h), and a tile's largest is farther from its mean.
 WINOGRAD_ROUNDING = {"winograd4": 10, "winograd6": 43}
@@ -35,14 +76,14 @@ WINOGRAD_ROUNDING = {"winograd4": 10, "winograd6": 43}
 
 @pytest.fixture(params=["direct", *WINOGRAD_ROUNDING])
 def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every convolution of the test is computed this way, whatever its shape."""
+    """Every convolution of the test on the CPU is computed this way, whatever its shape."""
     monkeypatch.setenv("MASKCORE_CONV", request.param)
     return str(request.param)
 
 
 @pytest.fixture
 def direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every convolution of the test is computed directly: sums of small whole numbers are exact."""
+    """Every convolution of the test is computed directly, as on a GPU: sums of small whole numbers are exact."""
     monkeypatch.setenv("MASKCORE_CONV", "direct")
 
 
