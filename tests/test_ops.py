@@ -1,8 +1,9 @@
-"""Every operator, forward and backward, against its reference in float64.
+"""Every operator, forward and backward, on every device, against its reference in float64 on the CPU.
 
 Upstream gradients are random. Where a ReLU's sign or a pool's maximum hangs on the last bit, float32 may
 decide otherwise than float64 and both are right: there alone the upstream gradient is zero (``decided``).
 Sums of small whole numbers are exact in float32, so on those every decision and every bit must agree.
+Tests without a device are of what only the CPU's kernels have: instruction sets, algorithms, caches.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import maskcore
 from maskcore import models, nn, ops
@@ -127,6 +129,10 @@ def inference_inputs(case: Case) -> dict[str, Tensor]:
     return {**bn_inputs(case), "mean": torch.randn(case.K) / 2, "var": torch.rand(case.K) + 0.5}
 
 
+def on(device: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.to(device) for key, value in inputs.items()}
+
+
 def pooled(case: Case) -> bool:
     return min(case.output[2:]) >= 2
 
@@ -171,15 +177,19 @@ def outputs_of(function: Callable[..., Any], inputs: dict[str, Tensor], padding:
 
 
 def forward_backward(
-    function: Callable[..., Any], inputs: dict[str, Tensor], padding: int, dy: Tensor
+    function: Callable[..., Any], inputs: dict[str, Tensor], padding: int, dy: Tensor, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """Outputs and gradients by name. ``inputs`` keep their memory layout and offset."""
+    """Outputs and gradients by name, brought back to the CPU.
+
+    ``inputs`` that are on the device keep their memory layout and offset.
+    """
+    inputs = on(device, inputs)
     given = {key: value for key, value in inputs.items() if key in ("mean", "var")}  # not differentiated
     leaves = {key: value.detach().requires_grad_() for key, value in inputs.items() if key not in given}
     found = outputs_of(function, {**leaves, **given}, padding)
-    gradients = torch.autograd.grad(found["y"], list(leaves.values()), dy.to(found["y"].dtype))
+    gradients = torch.autograd.grad(found["y"], list(leaves.values()), dy.to(device, found["y"].dtype))
     found |= {f"d{key}": g for key, g in zip(leaves, gradients, strict=True)}
-    return {key: value.detach() for key, value in found.items()}
+    return {key: value.detach().cpu() for key, value in found.items()}
 
 
 def upstream(name: str, inputs: dict[str, Tensor], padding: int) -> Tensor:
@@ -207,14 +217,12 @@ def magnitude(case: Case, result: str, dy: Tensor) -> float:
     return (case.K / case.C) ** 0.5 if result == "dx" else float(dy.square().sum((0, 2, 3)).max().sqrt())
 
 
-def check_convolution(
-    name: str, case: Case, check: Callable[..., None], inputs: dict[str, Tensor] | None = None
-) -> None:
-    inputs = inputs or INPUTS[name](case)
+def check_convolution(name: str, case: Case, device: str, check: Callable[..., None]) -> None:
+    inputs = INPUTS[name](case)
     fast, reference = getattr(ops, name), getattr(ops, f"{name}_reference")
     mask = decided(name, inputs, case.padding)
     dy = (torch.randn(mask.shape) * mask).contiguous(memory_format=torch.channels_last)
-    ours = forward_backward(fast, inputs, case.padding, dy)
+    ours = forward_backward(fast, inputs, case.padding, dy, device)
     torch32 = forward_backward(reference, inputs, case.padding, dy)
     doubles = {key: value.double() for key, value in inputs.items()}
     exact = forward_backward(reference, doubles, case.padding, dy)
@@ -231,23 +239,23 @@ def check_convolution(
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolution(name: str, case: Case, as_exact_as_torch: Callable[..., None]) -> None:
+def test_convolution(name: str, case: Case, device: str, as_exact_as_torch: Callable[..., None]) -> None:
     if name == "conv_relu_max_pool" and not pooled(case):
         with pytest.raises(RuntimeError, match="x is too small to be pooled"):
-            ops.conv_relu_max_pool(**conv_inputs(case), padding=case.padding)
+            ops.conv_relu_max_pool(**on(device, conv_inputs(case)), padding=case.padding)
         return
     if name == "conv_bn_relu_train" and case.N * case.output[2] * case.output[3] == 1:
         return  # one value a channel: the next test
-    check_convolution(name, case, as_exact_as_torch)
+    check_convolution(name, case, device, as_exact_as_torch)
 
 
 @pytest.mark.usefixtures("algorithm")
-def test_statistics_of_one_value_are_its_own(as_exact_as_torch: Callable[..., None]) -> None:
+def test_statistics_of_one_value_are_its_own(device: str, as_exact_as_torch: Callable[..., None]) -> None:
     """PyTorch refuses one value a channel; here its variance is 0 and the output is max(beta, 0)."""
     inputs = bn_inputs(Case(1, 3, 5, 3, 3, 0))
     z = pre_relu("conv_relu", inputs, 0)
     dy = torch.randn(1, 5, 1, 1)
-    found = forward_backward(ops.conv_bn_relu_train, inputs, 0, dy)
+    found = forward_backward(ops.conv_bn_relu_train, inputs, 0, dy, device)
     expected = inputs["beta"].relu()
     scaled = float((inputs["gamma"] * z.flatten()).abs().max()) / 1e-3**0.5  # 1e-3 is epsilon
     as_exact_as_torch(found["y"].flatten(), expected, expected.double(), magnitude=scaled)
@@ -260,16 +268,16 @@ def test_statistics_of_one_value_are_its_own(as_exact_as_torch: Callable[..., No
 
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("layer", LAYERS)
-def test_layers_of_the_networks(layer: str, as_exact_as_torch: Callable[..., None]) -> None:
+def test_layers_of_the_networks(layer: str, device: str, as_exact_as_torch: Callable[..., None]) -> None:
     name, at = LAYERS[layer]
-    check_convolution(name, at, as_exact_as_torch)
+    check_convolution(name, at, device, as_exact_as_torch)
 
 
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("layer", FULL_SIZE)
-def test_full_size_layers(layer: str, as_exact_as_torch: Callable[..., None]) -> None:
+def test_full_size_layers(layer: str, device: str, as_exact_as_torch: Callable[..., None]) -> None:
     name, at = FULL_SIZE[layer]
-    check_convolution(name, at, as_exact_as_torch)
+    check_convolution(name, at, device, as_exact_as_torch)
 
 
 @pytest.mark.parametrize("way", ["direct", ""])
@@ -296,7 +304,7 @@ def test_first_layer(name: str, case: Case, as_exact_as_torch: Callable[..., Non
 
     Its rounding errors are 1.9 (three channels) to 2.6 (one) times a direct convolution's in the root mean square.
     """
-    test_convolution(name, case, functools.partial(as_exact_as_torch, rounding=5))
+    test_convolution(name, case, "cpu", functools.partial(as_exact_as_torch, rounding=5))
 
 
 @pytest.mark.parametrize("padding", [0, 1])
@@ -311,9 +319,9 @@ def test_first_layer_spreads_nan_along_its_rows_only(padding: int) -> None:
 
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.slow
-def test_full_size_layers_all(as_exact_as_torch: Callable[..., None]) -> None:
+def test_full_size_layers_all(device: str, as_exact_as_torch: Callable[..., None]) -> None:
     for at in (*convolutions("final", 256), *convolutions("baseline", 256)):
-        check_convolution(op_of(at), case_of(at, 2), as_exact_as_torch)
+        check_convolution(op_of(at), case_of(at, 2), device, as_exact_as_torch)
 
 
 # ---- Winograd -----------------------------------------------------------------------------------
@@ -430,9 +438,9 @@ def test_precision_that_the_processor_lacks_is_exceeded(precision: Any) -> None:
 
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_unknown_precision_is_refused(name: str) -> None:
+def test_unknown_precision_is_refused(name: str, device: str) -> None:
     with pytest.raises(RuntimeError, match="precision must be ieee, tf32 or bf16, is fp8"):
-        getattr(ops, name)(**INPUTS[name](TILES[1]), precision="fp8")
+        getattr(ops, name)(**on(device, INPUTS[name](TILES[1])), precision="fp8")
 
 
 def test_unknown_algorithm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,7 +491,7 @@ def whole_numbers(*shape: int, largest: int = 2) -> Tensor:
 @pytest.mark.usefixtures("direct")
 @pytest.mark.parametrize("case", [*CASES, *(at for _, at in LAYERS.values())], ids=str)
 @pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool"])
-def test_whole_numbers_give_the_same_bits(name: str, case: Case) -> None:
+def test_whole_numbers_give_the_same_bits(name: str, case: Case, device: str) -> None:
     """With |x|, |w|, |dy| <= 2 no sum reaches 2^24: exact in float32, ties and zeros included."""
     if name == "conv_relu_max_pool" and not pooled(case):
         return
@@ -494,7 +502,7 @@ def test_whole_numbers_give_the_same_bits(name: str, case: Case) -> None:
     }
     fast, reference = getattr(ops, name), getattr(ops, f"{name}_reference")
     dy = whole_numbers(*reference(**inputs, padding=case.padding).shape)
-    ours = forward_backward(fast, inputs, case.padding, dy)
+    ours = forward_backward(fast, inputs, case.padding, dy, device)
     doubles = {key: value.double() for key, value in inputs.items()}
     for key, value in forward_backward(reference, doubles, case.padding, dy).items():
         assert float(value.abs().max()) < 2**24
@@ -504,10 +512,10 @@ def test_whole_numbers_give_the_same_bits(name: str, case: Case) -> None:
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("case", EMPTY, ids=str)
 @pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool", "conv_bn_relu"])
-def test_no_images(name: str, case: Case) -> None:
+def test_no_images(name: str, case: Case, device: str) -> None:
     inputs = INPUTS[name](case)
     shape = getattr(ops, f"{name}_reference")(**inputs, padding=case.padding).shape
-    found = forward_backward(getattr(ops, name), inputs, case.padding, torch.empty(shape))
+    found = forward_backward(getattr(ops, name), inputs, case.padding, torch.empty(shape), device)
     assert found["y"].shape == shape
     assert found["dx"].shape == inputs["x"].shape
     for key in inputs.keys() - {"x", "mean", "var"}:
@@ -516,18 +524,19 @@ def test_no_images(name: str, case: Case) -> None:
 
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_gradient_of_x_is_computed_only_if_asked_for(name: str) -> None:
+def test_gradient_of_x_is_computed_only_if_asked_for(name: str, device: str) -> None:
     case = FEW[0]
     inputs = INPUTS[name](case)
     dy = upstream(name, inputs, case.padding)
-    full = forward_backward(getattr(ops, name), inputs, case.padding, dy)
+    full = forward_backward(getattr(ops, name), inputs, case.padding, dy, device)
+    given = on(device, inputs)
     for key in ("weight", "bias"):
-        inputs[key].requires_grad_()
-    y = outputs_of(getattr(ops, name), inputs, case.padding)["y"]
-    y.backward(dy)
-    assert inputs["x"].grad is None
+        given[key].requires_grad_()
+    y = outputs_of(getattr(ops, name), given, case.padding)["y"]
+    y.backward(dy.to(device))
+    assert given["x"].grad is None
     for key in ("weight", "bias"):
-        assert torch.equal(inputs[key].grad, full[f"d{key}"]), key
+        assert torch.equal(given[key].grad.cpu(), full[f"d{key}"]), key
 
 
 # ---- memory layouts ------------------------------------------------------------------------------
@@ -537,13 +546,13 @@ def at_odd_offset(t: Tensor) -> Tensor:
     """The same values and strides, one float behind the start of their memory: not aligned to a vector."""
     if t.dim() == 4:
         t = t.contiguous(memory_format=torch.channels_last)
-    buffer = torch.full((t.numel() + 3,), NAN)
+    buffer = torch.full((t.numel() + 3,), NAN, device=t.device)
     return torch.as_strided(buffer, t.shape, t.stride(), 1).copy_(t)
 
 
 def spread_out(t: Tensor) -> Tensor:
     """Every other column of a wider tensor, NaN between."""
-    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), NAN)
+    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), NAN, device=t.device)
     wide[..., ::2] = t
     return wide[..., ::2]
 
@@ -561,28 +570,31 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_layout_does_not_matter(name: str, layout: str) -> None:
+def test_layout_does_not_matter(name: str, layout: str, device: str) -> None:
     case = Case(2, 5, 9, 8, 10, 1)
     inputs = INPUTS[name](case)
     function, arrange = getattr(ops, name), LAYOUTS[layout]
     dy = upstream(name, inputs, 1)
-    expected = forward_backward(function, inputs, 1, dy)
+    expected = forward_backward(function, inputs, 1, dy, device)
     arranged = {
-        key: arrange(value) if value.dim() == 4 else at_odd_offset(value) for key, value in inputs.items()
+        key: arrange(value) if value.dim() == 4 else at_odd_offset(value)
+        for key, value in on(device, inputs).items()
     }
-    found = forward_backward(function, arranged, 1, arrange(dy))
+    found = forward_backward(function, arranged, 1, arrange(dy.to(device)), device)
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
 
 
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_expanded_upstream_gradient(name: str) -> None:
+def test_expanded_upstream_gradient(name: str, device: str) -> None:
     """``y.sum().backward()`` gives a gradient of stride 0."""
     inputs = INPUTS[name](FEW[1])
     shape = upstream(name, inputs, 0).shape
-    expected = forward_backward(getattr(ops, name), inputs, 0, torch.ones(shape))
-    found = forward_backward(getattr(ops, name), inputs, 0, torch.ones(()).expand(shape))
+    expected = forward_backward(getattr(ops, name), inputs, 0, torch.ones(shape), device)
+    found = forward_backward(
+        getattr(ops, name), inputs, 0, torch.ones((), device=device).expand(shape), device
+    )
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
 
@@ -590,45 +602,48 @@ def test_expanded_upstream_gradient(name: str) -> None:
 # ---- the same bits, always -----------------------------------------------------------------------
 
 
-def convolve_all(name: str, case: Case, precision: ops.Precision = "ieee") -> dict[str, Tensor]:
+def convolve_all(name: str, case: Case, device: str, precision: ops.Precision = "ieee") -> dict[str, Tensor]:
     torch.manual_seed(1)
     inputs = INPUTS[name](case)
     function = functools.partial(getattr(ops, name), precision=precision)
-    return forward_backward(function, inputs, case.padding, upstream(name, inputs, case.padding))
+    dy = upstream(name, inputs, case.padding)
+    return forward_backward(function, inputs, case.padding, dy, device)
 
 
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("precision", ["ieee", "bf16"])
 @pytest.mark.parametrize("case", [*FEW, LAYERS["final-block2_conv2"][1]], ids=str)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_threads_and_repetition_change_no_bit(name: str, case: Case, precision: ops.Precision) -> None:
+def test_threads_and_repetition_change_no_bit(
+    name: str, case: Case, precision: ops.Precision, device: str
+) -> None:
     torch.set_num_threads(1)
-    expected = convolve_all(name, case, precision)
+    expected = convolve_all(name, case, device, precision)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        for key, value in convolve_all(name, case, precision).items():
+        for key, value in convolve_all(name, case, device, precision).items():
             assert torch.equal(value, expected[key]), f"{key} with {threads} threads"
 
 
-def poison(sizes: Sequence[int]) -> None:
+def poison(sizes: Sequence[int], device: str) -> None:
     """Leaves NaN in memory that is free again, for the next tensors of these sizes."""
-    blocks = [torch.empty(size).fill_(NAN) for size in sizes for _ in range(4)]
+    blocks = [torch.empty(size, device=device).fill_(NAN) for size in sizes for _ in range(4)]
     del blocks
 
 
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("case", FEW, ids=str)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_uninitialised_memory_is_never_read(name: str, case: Case) -> None:
+def test_uninitialised_memory_is_never_read(name: str, case: Case, device: str) -> None:
     """Neither that of the outputs nor the scratch memory that the kernels keep."""
-    expected = convolve_all(name, case)
+    expected = convolve_all(name, case, device)
     wider = case._replace(H=case.H + 3, W=case.W + 5, C=case.C + 3, K=case.K + 17)
     for of in (case, wider):  # leaves NaN in the scratch memory
         poisoned = {key: torch.full_like(value, NAN) for key, value in INPUTS[name](of).items()}
         dy = torch.full_like(upstream(name, poisoned, of.padding), NAN)
-        forward_backward(getattr(ops, name), poisoned, of.padding, dy)
-    poison([value.numel() for value in expected.values()])
-    for key, value in convolve_all(name, case).items():
+        forward_backward(getattr(ops, name), poisoned, of.padding, dy, device)
+    poison([value.numel() for value in expected.values()], device)
+    for key, value in convolve_all(name, case, device).items():
         assert torch.equal(value, expected[key]), key
 
 
@@ -643,7 +658,7 @@ def same_with_nan(ours: Tensor, theirs: Tensor) -> bool:
 @pytest.mark.usefixtures("direct")
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool"])
-def test_relu_keeps_nan_and_infinity_as_torch_does(name: str, value: float) -> None:
+def test_relu_keeps_nan_and_infinity_as_torch_does(name: str, value: float, device: str) -> None:
     """NaN stays NaN, -inf becomes 0, inf stays; 0 * inf is NaN. Whole numbers: the rest is exact."""
     x, weight, bias = whole_numbers(2, 3, 9, 9), whole_numbers(17, 3, 3, 3), whole_numbers(17)
     x[0, 1, 4, 5] = value
@@ -651,12 +666,13 @@ def test_relu_keeps_nan_and_infinity_as_torch_does(name: str, value: float) -> N
     reference = getattr(ops, f"{name}_reference")
     expected = reference(x, weight, bias, 1)
     assert not expected.isfinite().all()
-    assert same_with_nan(getattr(ops, name)(x, weight, bias, 1), expected)
+    found = getattr(ops, name)(x.to(device), weight.to(device), bias.to(device), 1)
+    assert same_with_nan(found.cpu(), expected)
 
 
 @pytest.mark.usefixtures("direct")
 @pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool"])
-def test_gradient_passes_where_the_activation_is_nan(name: str) -> None:
+def test_gradient_passes_where_the_activation_is_nan(name: str, device: str) -> None:
     """As in torch: only an activation <= 0 stops the gradient, so a NaN loss is seen in the weights."""
     x, weight, bias = whole_numbers(1, 2, 6, 6), whole_numbers(5, 2, 3, 3), whole_numbers(5)
     x[0, 0, 0, 0] = NAN  # reaches the first pixel of every channel and no other
@@ -664,7 +680,7 @@ def test_gradient_passes_where_the_activation_is_nan(name: str) -> None:
     reference = getattr(ops, f"{name}_reference")
     dy = torch.zeros_like(reference(**inputs))
     dy[:, :, 0, 0] = torch.tensor([1.0, -2.0, 3.0, 4.0, 5.0])
-    found = forward_backward(getattr(ops, name), inputs, 0, dy)
+    found = forward_backward(getattr(ops, name), inputs, 0, dy, device)
     assert torch.equal(found["dbias"], dy[0, :, 0, 0])
     for key, value in forward_backward(reference, inputs, 0, dy).items():
         assert same_with_nan(found[key], value), key
@@ -672,10 +688,10 @@ def test_gradient_passes_where_the_activation_is_nan(name: str) -> None:
 
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("name", ["conv_bn_relu", "conv_bn_relu_train"])
-def test_nan_in_a_channel_stays_in_it(name: str) -> None:
+def test_nan_in_a_channel_stays_in_it(name: str, device: str) -> None:
     inputs = INPUTS[name](Case(2, 3, 5, 6, 6, 0))
     inputs["weight"][2, 0, 1, 1] = NAN
-    y = outputs_of(getattr(ops, name), inputs, 0)["y"]
+    y = outputs_of(getattr(ops, name), on(device, inputs), 0)["y"]
     assert y[:, 2].isnan().all()
     assert y[:, [0, 1, 3, 4]].isfinite().all()
 
@@ -685,7 +701,9 @@ def test_nan_in_a_channel_stays_in_it(name: str) -> None:
 
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("ratio", [1e2, 1e3, 1e4])
-def test_statistics_with_a_large_mean(ratio: float, as_exact_as_torch: Callable[..., None]) -> None:
+def test_statistics_with_a_large_mean(
+    ratio: float, device: str, as_exact_as_torch: Callable[..., None]
+) -> None:
     """mean / standard deviation = ratio.
 
     A value z is stored with an error of eps / 2 |mean|, which moves its squared deviation by eps |mean| times
@@ -694,7 +712,7 @@ def test_statistics_with_a_large_mean(ratio: float, as_exact_as_torch: Callable[
     case = Case(2, 3, 17, 40, 45, 0)
     inputs = bn_inputs(case)
     inputs["bias"] = ratio * torch.where(torch.arange(case.K) % 2 == 0, 1.0, -1.0)
-    ours = ops.conv_bn_relu_train(**inputs)
+    ours = [result.cpu() for result in ops.conv_bn_relu_train(**on(device, inputs))]
     torch32 = ops.conv_bn_relu_train_reference(**inputs)
     exact = ops.conv_bn_relu_train_reference(**{key: value.double() for key, value in inputs.items()})
     for key, *found in zip(("y", "mean", "var"), ours, torch32, exact, strict=True):
@@ -702,9 +720,9 @@ def test_statistics_with_a_large_mean(ratio: float, as_exact_as_torch: Callable[
 
 
 @pytest.mark.usefixtures("algorithm")
-def test_variance_is_biased(as_exact_as_torch: Callable[..., None]) -> None:
+def test_variance_is_biased(device: str, as_exact_as_torch: Callable[..., None]) -> None:
     inputs = bn_inputs(Case(1, 2, 3, 4, 4, 0))
-    _, mean, var = ops.conv_bn_relu_train(**inputs)
+    _, mean, var = (result.cpu() for result in ops.conv_bn_relu_train(**on(device, inputs)))
     z = pre_relu("conv_relu", {key: value.double() for key, value in inputs.items()}, 0)
     z32 = pre_relu("conv_relu", inputs, 0)
     as_exact_as_torch(mean, z32.mean((0, 2, 3)), z.mean((0, 2, 3)), 4)
@@ -713,12 +731,16 @@ def test_variance_is_biased(as_exact_as_torch: Callable[..., None]) -> None:
 
 
 @pytest.mark.usefixtures("algorithm")
-def test_inference_is_training_with_the_same_statistics(as_exact_as_torch: Callable[..., None]) -> None:
+def test_inference_is_training_with_the_same_statistics(
+    device: str, as_exact_as_torch: Callable[..., None]
+) -> None:
     case = Case(2, 5, 9, 8, 7, 1)
     inputs = bn_inputs(case)
-    y, mean, var = ops.conv_bn_relu_train(**inputs, padding=1)
     exact, *_ = ops.conv_bn_relu_train_reference(**{k: v.double() for k, v in inputs.items()}, padding=1)
-    as_exact_as_torch(ops.conv_bn_relu(**inputs, mean=mean, var=var, padding=1), y, exact, 9 * case.C)
+    inputs = on(device, inputs)
+    y, mean, var = ops.conv_bn_relu_train(**inputs, padding=1)
+    inference = ops.conv_bn_relu(**inputs, mean=mean, var=var, padding=1)
+    as_exact_as_torch(inference.cpu(), y.cpu(), exact, 9 * case.C)
 
 
 # ---- max_pool ------------------------------------------------------------------------------------
@@ -729,32 +751,33 @@ POOLS = [(1, 1, 2, 2), (2, 3, 5, 7), (1, 17, 8, 9), (3, 16, 3, 2), (1, 33, 2, 13
 def pool_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach().requires_grad_()
     y = function(x)
-    return y.detach(), torch.autograd.grad(y, x, dy)[0]
+    return y.detach().cpu(), torch.autograd.grad(y, x, dy)[0].cpu()
 
 
-def check_pool(x: Tensor, dy: Tensor | None = None) -> None:
+def check_pool(x: Tensor, device: str, dy: Tensor | None = None) -> None:
     dy = torch.randn(*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2) if dy is None else dy
-    found = pool_and_gradient(ops.max_pool, x, dy)
-    for ours, theirs in zip(found, pool_and_gradient(ops.max_pool_reference, x, dy), strict=True):
+    found = pool_and_gradient(ops.max_pool, x.to(device), dy.to(device))
+    expected = pool_and_gradient(ops.max_pool_reference, x.cpu(), dy.cpu())
+    for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == theirs.shape
         assert same_with_nan(ours, theirs)
 
 
 @pytest.mark.parametrize("shape", POOLS, ids=lambda s: "x".join(map(str, s)))
-def test_max_pool(shape: tuple[int, ...]) -> None:
-    check_pool(torch.randn(shape))
+def test_max_pool(shape: tuple[int, ...], device: str) -> None:
+    check_pool(torch.randn(shape), device)
 
 
-def test_max_pool_ties_go_to_the_first() -> None:
-    check_pool(torch.zeros(2, 3, 6, 8))
-    check_pool(torch.randint(0, 2, (4, 9, 20, 22)).float())
-    check_pool(torch.full((1, 2, 4, 4), -0.0).index_fill(3, torch.tensor([1, 3]), 0.0))
-    x = torch.zeros(1, 1, 2, 2)
-    _, dx = pool_and_gradient(ops.max_pool, x, torch.full((1, 1, 1, 1), 5.0))
+def test_max_pool_ties_go_to_the_first(device: str) -> None:
+    check_pool(torch.zeros(2, 3, 6, 8), device)
+    check_pool(torch.randint(0, 2, (4, 9, 20, 22)).float(), device)
+    check_pool(torch.full((1, 2, 4, 4), -0.0).index_fill(3, torch.tensor([1, 3]), 0.0), device)
+    x = torch.zeros(1, 1, 2, 2, device=device)
+    _, dx = pool_and_gradient(ops.max_pool, x, torch.full((1, 1, 1, 1), 5.0, device=device))
     assert dx.flatten().tolist() == [5.0, 0.0, 0.0, 0.0]
 
 
-def test_max_pool_of_infinities_and_nan() -> None:
+def test_max_pool_of_infinities_and_nan(device: str) -> None:
     """Every window of {-inf, 0, inf, NaN}: -inf is a number like any, NaN is the maximum wherever it is.
 
     Of several NaN the first gets the gradient; PyTorch gives it to the last.
@@ -762,10 +785,10 @@ def test_max_pool_of_infinities_and_nan() -> None:
     values = torch.tensor([-INF, 0.0, INF, NAN])
     windows = torch.cartesian_prod(values, values, values, values).view(256, 1, 2, 2)
     few = windows[windows.isnan().sum((1, 2, 3)) <= 1]
-    check_pool(few)
-    check_pool(few.permute(1, 0, 2, 3))  # as channels
-    check_pool(torch.full((1, 3, 4, 6), -INF))
-    y, dx = pool_and_gradient(ops.max_pool, windows, torch.ones(256, 1, 1, 1))
+    check_pool(few, device)
+    check_pool(few.permute(1, 0, 2, 3), device)  # as channels
+    check_pool(torch.full((1, 3, 4, 6), -INF), device)
+    y, dx = pool_and_gradient(ops.max_pool, windows.to(device), torch.ones(256, 1, 1, 1, device=device))
     assert same_with_nan(y, ops.max_pool_reference(windows))
     several = windows.isnan().sum((1, 2, 3)) > 1
     first = windows[several].flatten(1).isnan().int().argmax(1)
@@ -773,18 +796,19 @@ def test_max_pool_of_infinities_and_nan() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_max_pool_layouts(layout: str) -> None:
+def test_max_pool_layouts(layout: str, device: str) -> None:
     arrange = LAYOUTS[layout]
-    check_pool(arrange(torch.randn(2, 5, 7, 9)), arrange(torch.randn(2, 5, 3, 4)))
+    x, dy = torch.randn(2, 5, 7, 9).to(device), torch.randn(2, 5, 3, 4).to(device)
+    check_pool(arrange(x), device, arrange(dy))
 
 
-def test_max_pool_threads_repetition_and_poison() -> None:
+def test_max_pool_threads_repetition_and_poison(device: str) -> None:
     x, dy = torch.randn(3, 17, 21, 23), torch.randn(3, 17, 10, 11)
     expected = pool_and_gradient(ops.max_pool_reference, x, dy)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        poison([x.numel(), dy.numel()])
-        found = pool_and_gradient(ops.max_pool, x, dy)
+        poison([x.numel(), dy.numel()], device)
+        found = pool_and_gradient(ops.max_pool, x.to(device), dy.to(device))
         assert all(map(torch.equal, found, expected))
 
 
@@ -798,18 +822,24 @@ DENSE += [(7, 255, 4), (9, 40, 6), (33, 16, 17), (2, 8192, 260)]
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(("N", "C", "K"), DENSE)
-def test_dense(N: int, C: int, K: int, relu: bool, as_exact_as_torch: Callable[..., None]) -> None:
+def test_dense(
+    N: int, C: int, K: int, relu: bool, device: str, as_exact_as_torch: Callable[..., None]
+) -> None:
+    """On a GPU it is PyTorch's product."""
     inputs = {"x": torch.randn(N, C), "weight": torch.randn(K, C) / C**0.5, "bias": torch.randn(K)}
 
-    def run(function: Callable[..., Tensor], dtype: torch.dtype, dy: Tensor) -> dict[str, Tensor]:
-        leaves = {key: value.to(dtype).requires_grad_() for key, value in inputs.items()}
+    def run(
+        function: Callable[..., Tensor], dtype: torch.dtype, dy: Tensor, device: str = "cpu"
+    ) -> dict[str, Tensor]:
+        leaves = {key: value.to(device, dtype).requires_grad_() for key, value in inputs.items()}
         y = function(**leaves, relu=relu)
-        gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(dtype))
-        return {"y": y.detach(), **dict(zip(("dx", "dweight", "dbias"), gradients, strict=True))}
+        gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(device, dtype))
+        found = {"y": y.detach(), **dict(zip(("dx", "dweight", "dbias"), gradients, strict=True))}
+        return on("cpu", found)
 
     z = F.linear(*(value.double() for value in inputs.values()))
     dy = torch.randn(N, K) * (z.abs() > 1e-4)  # see decided
-    ours = run(ops.dense, torch.float32, dy)
+    ours = run(ops.dense, torch.float32, dy, device)
     torch32 = run(ops.dense_reference, torch.float32, dy)
     exact = run(ops.dense_reference, torch.float64, dy)
     for key, value in ours.items():
@@ -829,7 +859,7 @@ def test_dense_threads_and_poison_change_no_bit(N: int) -> None:
     expected = run()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        poison([N * 2000, 70 * 2000, N * 70, 70])
+        poison([N * 2000, 70 * 2000, N * 70, 70], "cpu")
         for ours, first in zip(run(), expected, strict=True):
             assert torch.equal(ours, first), f"with {threads} threads"
 
@@ -842,15 +872,17 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     logits = logits.detach().requires_grad_()
     loss = function(logits, target)
-    return loss.detach(), torch.autograd.grad(loss * dloss, logits)[0]
+    return loss.detach().cpu(), torch.autograd.grad(loss * dloss, logits)[0].cpu()
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (1, 2), (8, 3), (5, 17), (64, 1000)])
-def test_softmax_cross_entropy(N: int, K: int, scale: float, as_exact_as_torch: Callable[..., None]) -> None:
+def test_softmax_cross_entropy(
+    N: int, K: int, scale: float, device: str, as_exact_as_torch: Callable[..., None]
+) -> None:
     logits, target = torch.randn(N, K) * scale, torch.randint(0, K, (N,))
     dloss = float(torch.randn(()))
-    ours = loss_and_gradient(ops.softmax_cross_entropy, logits, target, dloss)
+    ours = loss_and_gradient(ops.softmax_cross_entropy, logits.to(device), target.to(device), dloss)
     reference = ops.softmax_cross_entropy_reference
     torch32 = loss_and_gradient(reference, logits, target, dloss)
     exact = loss_and_gradient(reference, logits.double(), target, dloss)
@@ -859,22 +891,23 @@ def test_softmax_cross_entropy(N: int, K: int, scale: float, as_exact_as_torch: 
 
 
 @pytest.mark.parametrize("row", [[NAN, 0.0, 1.0], [INF, 0.0, 1.0], [INF, INF, 0.0], [-INF, -INF, -INF]])
-def test_softmax_cross_entropy_of_diverged_logits_is_nan(row: list[float]) -> None:
+def test_softmax_cross_entropy_of_diverged_logits_is_nan(row: list[float], device: str) -> None:
     logits, target = torch.tensor([row, [0.0, 1.0, 2.0]]), torch.tensor([1, 2])
     assert ops.softmax_cross_entropy_reference(logits, target).isnan()
-    assert ops.softmax_cross_entropy(logits, target).isnan()
+    assert ops.softmax_cross_entropy(logits.to(device), target.to(device)).isnan()
 
 
-def test_softmax_cross_entropy_of_an_impossible_class() -> None:
+def test_softmax_cross_entropy_of_an_impossible_class(device: str) -> None:
     logits = torch.tensor([[0.0, -INF, 1.0]])
     for target in torch.tensor([[0], [1]]):
         expected = ops.softmax_cross_entropy_reference(logits, target)
-        torch.testing.assert_close(ops.softmax_cross_entropy(logits, target), expected)
+        found = ops.softmax_cross_entropy(logits.to(device), target.to(device))
+        torch.testing.assert_close(found.cpu(), expected)
 
 
 @pytest.mark.parametrize("arrange", [at_odd_offset, spread_out, lambda t: t.t().contiguous().t()])
-def test_softmax_cross_entropy_layouts(arrange: Callable[[Tensor], Tensor]) -> None:
-    logits, target = torch.randn(6, 5), torch.randint(0, 5, (12,))[::2]
+def test_softmax_cross_entropy_layouts(arrange: Callable[[Tensor], Tensor], device: str) -> None:
+    logits, target = torch.randn(6, 5).to(device), torch.randint(0, 5, (12,)).to(device)[::2]
     expected = loss_and_gradient(ops.softmax_cross_entropy, logits, target.contiguous(), 2.0)
     found = loss_and_gradient(ops.softmax_cross_entropy, arrange(logits), target, 2.0)
     assert all(map(torch.equal, found, expected))
@@ -885,39 +918,39 @@ def test_softmax_cross_entropy_layouts(arrange: Callable[[Tensor], Tensor]) -> N
 ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-7, "l2": 1e-2}
 
 
-def adam_state(sizes: Sequence[tuple[int, ...]], step: int) -> list[list[Tensor]]:
+def adam_state(sizes: Sequence[tuple[int, ...]], step: int, device: str = "cpu") -> list[list[Tensor]]:
     """parameters, gradients, and moments as they are after ``step - 1`` steps (zeros before the first)."""
     started = float(step > 1)
-    drawn = [[torch.randn(size) for size in sizes] for _ in range(4)]
+    drawn = [[torch.randn(size).to(device) for size in sizes] for _ in range(4)]
     return [*drawn[:2], [m * started for m in drawn[2]], [v.square() * started for v in drawn[3]]]
 
 
 @pytest.mark.parametrize("keras_epsilon", [True, False])
 @pytest.mark.parametrize("step", [1, 2, 1000])
-def test_adam_(step: int, keras_epsilon: bool, as_exact_as_torch: Callable[..., None]) -> None:
+def test_adam_(step: int, keras_epsilon: bool, device: str, as_exact_as_torch: Callable[..., None]) -> None:
     slice_floats = 16 * 1024  # one task of the kernel
     sizes = [(1,), (7, 3), (0,), (), *((slice_floats + i,) for i in (-1, 0, 1)), (4, 3, 3, 3)]
     state = adam_state(sizes, step)
     arguments = {**ADAM, "step": step, "keras_epsilon": keras_epsilon}
 
-    def run(function: Callable[..., None], dtype: torch.dtype) -> list[list[Tensor]]:
-        own = [[t.to(dtype).clone() for t in group] for group in state]
+    def run(function: Callable[..., None], dtype: torch.dtype, device: str = "cpu") -> list[list[Tensor]]:
+        own = [[t.to(device, dtype, copy=True) for t in group] for group in state]
         function(*own, **arguments)
-        return own
+        return [[t.cpu() for t in group] for group in own]
 
-    ours, torch32 = run(ops.adam_, torch.float32), run(ops.adam_reference, torch.float32)
+    ours, torch32 = run(ops.adam_, torch.float32, device), run(ops.adam_reference, torch.float32)
     exact = run(ops.adam_reference, torch.float64)
     for key, *lists in zip(("p", "gradient", "m", "v"), ours, torch32, exact, strict=True):
         for found in zip(*lists, strict=True):
             as_exact_as_torch(*found, name=f"adam_ {key}")
 
 
-def test_adam_threads_change_no_bit() -> None:
+def test_adam_threads_and_repetition_change_no_bit(device: str) -> None:
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         torch.manual_seed(0)
-        state = adam_state([(50_000,), (3,), (16_385,)], step=3)
+        state = adam_state([(50_000,), (3,), (16_385,)], 3, device)
         ops.adam_(*state, **ADAM, step=3, keras_epsilon=True)
         results.append(state)
     for found in results[1:]:
@@ -929,87 +962,90 @@ def test_adam_threads_change_no_bit() -> None:
     ("change", "message"),
     [
         (lambda s: s[1].pop(), "as many as parameters"),
-        (lambda s: s[1].__setitem__(0, torch.zeros(3)), "gradients must be dense and laid out"),
-        (lambda s: s[2].__setitem__(0, torch.zeros(4, 4).double()), "exp_avgs must be float32"),
-        (lambda s: s[3].__setitem__(0, torch.zeros(4, 4).t().expand(4, 4)[:, ::2]), "exp_avg_sqs must be"),
-        (lambda s: s[1].__setitem__(0, torch.randn(4, 4).t()), "gradients must be dense and laid out"),
-        (lambda s: s[0].__setitem__(0, torch.randn(4, 8)[:, ::2]), "parameters must be dense"),
+        (lambda s: s[1].__setitem__(0, s[1][0].flatten()[:3]), "gradients must be dense and laid out"),
+        (lambda s: s[2].__setitem__(0, s[2][0].double()), "exp_avgs must be float32"),
+        (lambda s: s[3].__setitem__(0, s[3][0].t()[:, ::2]), "exp_avg_sqs must be"),
+        (lambda s: s[1].__setitem__(0, s[1][0].t()), "gradients must be dense and laid out"),
+        (lambda s: s[0].__setitem__(0, s[0][0].repeat(1, 2)[:, ::2]), "parameters must be dense"),
     ],
 )
-def test_adam_refuses(change: Callable[[Any], Any], message: str) -> None:
-    state = adam_state([(4, 4)], step=1)
+def test_adam_refuses(change: Callable[[Any], Any], message: str, device: str) -> None:
+    state = adam_state([(4, 4)], 1, device)
     change(state)
     with pytest.raises(RuntimeError, match=message):
         ops.adam_(*state, **ADAM, step=1, keras_epsilon=True)
 
 
-def test_adam_refuses_step_zero() -> None:
+def test_adam_refuses_step_zero(device: str) -> None:
     with pytest.raises(RuntimeError, match="step must count from 1"):
-        ops.adam_(*adam_state([(4,)], 1), **ADAM, step=0, keras_epsilon=True)
+        ops.adam_(*adam_state([(4,)], 1, device), **ADAM, step=0, keras_epsilon=True)
 
 
 # ---- bad arguments -------------------------------------------------------------------------------
 
 
-def refused(name: str, message: str, padding: Any = 0, **changed: Tensor) -> None:
-    inputs = {**INPUTS[name](Case(2, 3, 4, 6, 7, 0)), **changed}
+def refused(name: str, device: str, message: str, padding: Any = 0, **changed: Tensor) -> None:
+    inputs = {**on(device, INPUTS[name](Case(2, 3, 4, 6, 7, 0))), **changed}
     with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         getattr(ops, name)(**inputs, padding=padding)
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_errors_name_the_argument(name: str) -> None:
-    refused(name, "x must be a batch of images", x=torch.randn(3, 6, 7))
-    for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        refused(name, "x must be float32", x=torch.randn(2, 3, 6, 7).to(dtype))
-    refused(name, "x must be at least 3 pixels", x=torch.randn(2, 3, 2, 7))
-    refused(name, "x must be at least 1 pixels", x=torch.randn(2, 3, 0, 7), padding=1)
-    refused(name, "weight must have size", weight=torch.randn(4, 2, 3, 3))
-    refused(name, "weight must have size", weight=torch.randn(4, 3, 3, 5))
-    refused(name, "weight must have 4 dimensions", weight=torch.randn(4, 27))
-    refused(name, "weight must be float32", weight=torch.randn(4, 3, 3, 3).double())
-    refused(name, "weight must have at least one", weight=torch.randn(4, 0, 3, 3), x=torch.randn(2, 0, 6, 7))
+def test_errors_name_the_argument(name: str, device: str) -> None:
+    refuse = functools.partial(refused, name, device)
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, device=device)
+
+    refuse("x must be a batch of images", x=ones(3, 6, 7))
+    # A GPU has kernels of bfloat16.
+    for dtype in (torch.float64, torch.float16, *([torch.bfloat16] if device == "cpu" else [])):
+        refuse("x must be float32", x=ones(2, 3, 6, 7).to(dtype))
+    refuse("x must be at least 3 pixels", x=ones(2, 3, 2, 7))
+    refuse("x must be at least 1 pixels", x=ones(2, 3, 0, 7), padding=1)
+    refuse("weight must have size", weight=ones(4, 2, 3, 3))
+    refuse("weight must have size", weight=ones(4, 3, 3, 5))
+    refuse("weight must have 4 dimensions", weight=ones(4, 27))
+    refuse("weight must be float32", weight=ones(4, 3, 3, 3).double())
+    refuse("weight must have at least one", weight=ones(4, 0, 3, 3), x=ones(2, 0, 6, 7))
     for padding in (-1, 2):
-        refused(name, f"padding must be 0 or 1, is {padding}", padding=padding)
+        refuse(f"padding must be 0 or 1, is {padding}", padding=padding)
     vectors = INPUTS[name](Case(2, 3, 4, 6, 7, 0)).keys() - {"x", "weight"}
     for key in vectors:
-        for bad in (torch.rand(3), torch.rand(1), torch.rand(4, 1)):
-            refused(name, f"{key} must have", **{key: bad})
-        refused(name, f"{key} must be float32", **{key: torch.rand(4).double()})
+        for bad in (ones(3), ones(1), ones(4, 1)):
+            refuse(f"{key} must have", **{key: bad})
+        refuse(f"{key} must be float32", **{key: ones(4).double()})
     for key, value in INPUTS[name](Case(2, 3, 4, 6, 7, 0)).items():
         if key != "x":
-            refused(name, f"{key} must be on the device of x", **{key: value.to("meta")})
+            refuse(f"{key} must be on the device of x", **{key: value.to("meta")})
 
 
-def test_errors_of_the_other_ops_name_the_argument() -> None:
-    for function in (
-        ops.max_pool,
-        lambda x: ops.conv_relu_max_pool(x, torch.ones(1, 1, 3, 3), torch.ones(1)),
-    ):
+def test_errors_of_the_other_ops_name_the_argument(device: str) -> None:
+    weight, bias = torch.ones(1, 1, 3, 3, device=device), torch.ones(1, device=device)
+    for function in (ops.max_pool, lambda x: ops.conv_relu_max_pool(x, weight, bias)):
         for bad, message in (
             (torch.randn(1, 5, 5), "x must be a batch of images"),
             (torch.randn(1, 1, 5, 5).double(), "x must be float32"),
             (torch.randn(1, 1, 1, 1), "x .*(at least|too small)"),
         ):
             with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
-                function(bad)
-    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+                function(bad.to(device))
+    logits, target = torch.randn(4, 3).to(device), torch.tensor([0, 1, 2, 0]).to(device)
     for bad_logits, bad_target, message in (
         (logits[0], target, "logits must have 2 dimensions"),
         (logits.double(), target, "logits must be float32"),
         (logits, target[:3], "target must have size 4"),
         (logits, target.int(), "target must be int64"),
-        (logits, target + 1, "target must hold classes from 0 to 2, has 3"),
-        (logits, target - 1, "target must hold classes from 0 to 2, has -1"),
         (logits[:0], target[:0], "logits must hold at least one sample"),
         (logits, target.to("meta"), "target must be on the device of logits"),
     ):
         with pytest.raises((ValueError, RuntimeError), match=message):
             ops.softmax_cross_entropy(bad_logits, bad_target)
-    x, weight, bias = torch.randn(2, 5), torch.randn(3, 5), torch.randn(3)
+    inputs = {"x": torch.randn(2, 5), "weight": torch.randn(3, 5), "bias": torch.randn(3)}
+    x, weight, bias = on(device, inputs).values()
     for changed, message in (
-        ({"x": torch.randn(2, 4)}, "weight must have shape"),
-        ({"x": torch.randn(2, 5, 1)}, "x must be"),
+        ({"x": x[:, :4]}, "weight must have shape"),
+        ({"x": x[:, :, None]}, "x must be"),
         ({"x": x.double()}, "x must be float32"),
         ({"weight": weight.double()}, "weight must be float32"),
         ({"bias": bias[:1]}, "bias must have shape"),
@@ -1019,12 +1055,26 @@ def test_errors_of_the_other_ops_name_the_argument() -> None:
             ops.dense(**{"x": x, "weight": weight, "bias": bias, **changed})
 
 
+def test_a_target_that_is_no_class(device: str) -> None:
+    """A GPU cannot raise an error without a stop: the loss is NaN, and so is the sample's gradient."""
+    logits = torch.randn(4, 3)
+    for number, target in ((3, torch.tensor([1, 2, 3, 1])), (-1, torch.tensor([-1, 0, 1, -1]))):
+        given = logits.to(device), target.to(device)
+        if device == "cpu":
+            with pytest.raises(RuntimeError, match=f"target must hold classes from 0 to 2, has {number}"):
+                ops.softmax_cross_entropy(*given)
+        else:
+            loss, dlogits = loss_and_gradient(ops.softmax_cross_entropy, *given, 1.0)
+            assert loss.isnan()
+            assert torch.equal(dlogits.isnan().all(1), (target < 0) | (target > 2))
+
+
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_meta_tensors_give_shapes(name: str) -> None:
+def test_meta_tensors_give_shapes(name: str, device: str) -> None:
     """Shape inference alone, as torch.device("meta") users expect."""
     inputs = INPUTS[name](Case(2, 3, 4, 6, 7, 1))
     meta = outputs_of(getattr(ops, name), {key: value.to("meta") for key, value in inputs.items()}, 1)
-    for key, value in outputs_of(getattr(ops, name), inputs, 1).items():
+    for key, value in outputs_of(getattr(ops, name), on(device, inputs), 1).items():
         assert meta[key].is_meta
         assert meta[key].shape == value.shape
         assert meta[key].stride() == value.stride()
@@ -1032,8 +1082,9 @@ def test_meta_tensors_give_shapes(name: str) -> None:
 
 # A second derivative is not implemented; it must not come out as a wrong number.
 @pytest.mark.parametrize("name", ["conv_relu", "conv_relu_max_pool", "conv_bn_relu_train"])
-def test_second_derivative_is_refused(name: str) -> None:
-    inputs = {key: value.requires_grad_() for key, value in INPUTS[name](Case(1, 2, 3, 6, 6, 0)).items()}
+def test_second_derivative_is_refused(name: str, device: str) -> None:
+    inputs = on(device, INPUTS[name](Case(1, 2, 3, 6, 6, 0)))
+    inputs = {key: value.requires_grad_() for key, value in inputs.items()}
     y = outputs_of(getattr(ops, name), inputs, 0)["y"]
     (dweight,) = torch.autograd.grad(y.square().sum(), inputs["weight"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -1045,17 +1096,18 @@ def test_second_derivative_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 10_000])
-def test_dropout(size: int, p: float) -> None:
-    x, dy = torch.randn(size, requires_grad=True), torch.randn(size)
-    for seed in (torch.tensor([0]), torch.tensor([-(2**63)]), torch.tensor([2**63 - 1])):
+def test_dropout(size: int, p: float, device: str) -> None:
+    x, dy = torch.randn(size).to(device).requires_grad_(), torch.randn(size).to(device)
+    for number in (0, -(2**63), 2**63 - 1):
+        seed = torch.tensor([number]).to(device)
         y = ops.dropout(x, seed, p)
         torch.testing.assert_close(y, ops.dropout_reference(x, seed, p))
         (dx,) = torch.autograd.grad(y, x, dy)
         assert torch.equal(dx, ops.dropout(dy, seed, p))  # the same values are dropped
 
 
-def test_dropout_is_the_same_for_any_threads_and_layout() -> None:
-    x, seed = torch.randn(2, 3, 50, 70), torch.tensor([11])
+def test_dropout_is_the_same_for_any_threads_and_layout(device: str) -> None:
+    x, seed = torch.randn(2, 3, 50, 70).to(device), torch.tensor([11]).to(device)
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -1064,45 +1116,46 @@ def test_dropout_is_the_same_for_any_threads_and_layout() -> None:
     assert torch.equal(ops.dropout(x.to(memory_format=torch.channels_last), seed, 0.5), found[0])
 
 
-def test_dropout_of_nan_is_zero_where_it_is_dropped() -> None:
-    y = ops.dropout(torch.full((1000,), torch.nan), torch.tensor([0]), 0.5)
+def test_dropout_of_nan_is_zero_where_it_is_dropped(device: str) -> None:
+    y = ops.dropout(torch.full((1000,), torch.nan, device=device), torch.tensor([0]).to(device), 0.5)
     assert 300 < int((y == 0).sum()) < 700
     assert int(y.isnan().sum()) == 1000 - int((y == 0).sum())
 
 
-def test_dropout_refuses() -> None:
-    x, seed = torch.randn(4), torch.tensor([1])
+def test_dropout_refuses(device: str) -> None:
+    x, seed = torch.randn(4).to(device), torch.tensor([1]).to(device)
     with pytest.raises(RuntimeError, match=r"p must lie in \[0, 1\], is 1.5"):
         ops.dropout(x, seed, 1.5)
     with pytest.raises(RuntimeError, match="x must be float32"):
         ops.dropout(x.double(), seed, 0.5)
     with pytest.raises(RuntimeError, match="seed must have size 1 in dimension 0"):
-        ops.dropout(x, torch.tensor([1, 2]), 0.5)
+        ops.dropout(x, torch.tensor([1, 2]).to(device), 0.5)
 
 
-def test_a_layer_draws_the_seeds_that_a_graph_is_given() -> None:
-    """nn.Dropout takes from torch's generator what nn.Dropout.draw does."""
-    x, layer = torch.randn(100), nn.Dropout(0.5)
+def test_a_layer_draws_the_seeds_that_a_graph_is_given(device: str) -> None:
+    """nn.Dropout takes from torch's CPU generator what nn.Dropout.draw does."""
+    x, layer = torch.randn(100).to(device), nn.Dropout(0.5)
     torch.manual_seed(3)
     y = layer(x)
     torch.manual_seed(3)
-    assert torch.equal(y, ops.dropout(x, torch.tensor([nn.Dropout.draw()]), 0.5))
+    assert torch.equal(y, ops.dropout(x, torch.tensor([nn.Dropout.draw()]).to(device), 0.5))
 
 
-def test_warp_refuses() -> None:
-    pictures = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
-    matrices = torch.zeros(1, 6, dtype=torch.float64)
+def test_warp_refuses(device: str) -> None:
+    pictures = torch.zeros(1, 4, 4, 3, dtype=torch.uint8, device=device)
+    matrices = torch.zeros(1, 6, dtype=torch.float64, device=device)
     with pytest.raises(TypeError, match=r"dtype must be float32 or bfloat16, is torch.int64"):
         ops.warp(pictures, matrices, dtype=torch.int64)
-    with pytest.raises(TypeError, match="dtype must be float32 on the CPU"):
-        ops.warp(pictures, matrices, dtype=torch.bfloat16)
+    if device == "cpu":  # a GPU has kernels of bfloat16
+        with pytest.raises(TypeError, match="dtype must be float32 on the CPU"):
+            ops.warp(pictures, matrices, dtype=torch.bfloat16)
 
 
-def test_adam_that_counts_takes_the_same_steps() -> None:
+def test_adam_that_counts_takes_the_same_steps(device: str) -> None:
     settings: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-7, "l2": 1e-2}
-    plain = adam_state([(33, 2), (4,)], 3)
+    plain = adam_state([(33, 2), (4,)], 3, device)
     counted = copy.deepcopy(plain)
-    step = torch.tensor(4)
+    step = torch.tensor(4).to(device)
     for number in (5, 6):
         ops.adam_(*plain, **settings, step=number, keras_epsilon=True)
         ops.adam_counted_(*counted, step, **settings, keras_epsilon=True)
@@ -1114,8 +1167,16 @@ def test_adam_that_counts_takes_the_same_steps() -> None:
 # ---- registration --------------------------------------------------------------------------------
 
 
-def op_samples() -> dict[str, list[tuple[Any, ...]]]:
-    """Arguments of every registered operator, as the Python functions above pass them: [N, H, W, C]."""
+#: Elsewhere dense is PyTorch's product, and no convolution is Winograd's.
+CPU_ONLY = {"dense", "_dense_backward", "transform_filter"}
+
+
+def op_samples(device: str) -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of every registered operator, as the Python functions above pass them: [N, H, W, C].
+
+    They are on the CPU, and what the operator takes once they are moved to the device.
+    """
+    on_cpu = device == "cpu"
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, requires_grad=True)
@@ -1130,7 +1191,7 @@ def op_samples() -> dict[str, list[tuple[Any, ...]]]:
     return {
         "transform_filter": [(weight,), (weight, "bf16")],
         "conv_relu": [(leaf(2, 7, 6, 3), leaf(5, 3, 3, 3), leaf(5), p) for p in (0, 1)]
-        + [(x, weight, vector, 0), (x, weight, vector, 0, ops.transform_filter(weight))],
+        + [(x, weight, vector, 0), (x, weight, vector, 0, ops.transform_filter(weight) if on_cpu else None)],
         "conv_relu_max_pool": [(leaf(2, 7, 6, 3), leaf(5, 3, 3, 3), leaf(5), p) for p in (0, 1)],
         "conv_bn_relu_train": [(leaf(2, 7, 6, 3), *bn, p) for p in (0, 1)] + [(x, *bn, 0)],
         "conv_bn_relu_conv_relu_train": [
@@ -1154,8 +1215,9 @@ def op_samples() -> dict[str, list[tuple[Any, ...]]]:
                     torch.empty(0, 3, 2, 4, dtype=torch.uint8),
                 ),
                 *(
-                    torch.randn(2 if C > 3 else 0, 5, 4, 5),
-                    torch.eye(28 if C == 3 else 0, dtype=torch.float64),
+                    # Of pictures the CPU stores products of their own instead.
+                    torch.randn(0 if C == 3 and on_cpu else 2, 5, 4, 5),
+                    torch.eye(28 if C == 3 and on_cpu else 0, dtype=torch.float64),
                 ),
                 *(vector, positive, 1e-3, 0, 0, False, "ieee", need),
             )
@@ -1200,13 +1262,22 @@ REGISTERED = sorted(
 
 def test_every_registered_op_has_samples() -> None:
     assert REGISTERED
-    assert op_samples().keys() == set(REGISTERED)
+    assert op_samples("cpu").keys() == set(REGISTERED)
 
 
 @pytest.mark.parametrize("name", REGISTERED)
-def test_opcheck(name: str) -> None:
-    for arguments in op_samples()[name]:
-        torch.library.opcheck(getattr(torch.ops.maskcore, name).default, arguments)
+def test_opcheck(name: str, device: str) -> None:
+    def moved(t: Tensor) -> Tensor:
+        return t.detach().to(device).requires_grad_(t.requires_grad)
+
+    operator = getattr(torch.ops.maskcore, name).default
+    for drawn in op_samples(device)[name]:
+        arguments = tree_map_only(Tensor, moved, drawn)
+        if name in CPU_ONLY and device != "cpu":
+            with pytest.raises(NotImplementedError, match=f"maskcore::{name}"):
+                operator(*arguments)
+        else:
+            torch.library.opcheck(operator, arguments)
 
 
 # ---- random shapes -------------------------------------------------------------------------------
@@ -1217,14 +1288,14 @@ FIRST_SEED = int(os.environ.get("MASKCORE_TEST_SEED", "0"))
 
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_random_shapes(name: str, as_exact_as_torch: Callable[..., None]) -> None:
+def test_random_shapes(name: str, device: str, as_exact_as_torch: Callable[..., None]) -> None:
     """Shapes drawn until the time is up, after XNNPACK's FuzzTest. A failure prints what repeats it."""
     end = time.monotonic() + RANDOM_SECONDS / len(CONVOLUTIONS)
     seed = FIRST_SEED
     while time.monotonic() < end:
         case = random_case(seed)
         try:
-            check_convolution(name, case, as_exact_as_torch)
+            check_convolution(name, case, device, as_exact_as_torch)
         except Exception as error:
             raise AssertionError(f"{name} {case!r} after torch.manual_seed({seed})") from error
         seed += 1
