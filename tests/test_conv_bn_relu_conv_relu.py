@@ -100,28 +100,36 @@ def drawn(case: Head) -> tuple[dict[str, Tensor], Tensor]:
     raise AssertionError(f"{case} always has a value at the edge")
 
 
+def on(device: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.to(device) for key, value in inputs.items()}
+
+
 def run(
     function: Callable[..., Any],
     inputs: dict[str, Tensor],
     case: Head,
     dy: Tensor,
     need_dx: bool,
+    device: str = "cpu",
     **more: Any,
 ) -> dict[str, Tensor]:
-    leaves = {k: v.detach().requires_grad_(need_dx or k != "x") for k, v in inputs.items()}
+    """Outputs and gradients by name, brought back to the CPU."""
+    leaves = {k: v.detach().requires_grad_(need_dx or k != "x") for k, v in on(device, inputs).items()}
     y, mean, var = function(**leaves, **settings(case), **more)
     wanted = [key for key in leaves if leaves[key].requires_grad]
-    gradients = torch.autograd.grad(y, [leaves[key] for key in wanted], dy.to(y.dtype))
+    gradients = torch.autograd.grad(y, [leaves[key] for key in wanted], dy.to(device, y.dtype))
     found = {"y": y, "mean": mean, "var": var} | {f"d{k}": g for k, g in zip(wanted, gradients, strict=True)}
-    return {key: value.detach() for key, value in found.items()}
+    return {key: value.detach().cpu() for key, value in found.items()}
 
 
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("need_dx", [False, True], ids=["", "dx"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_conv_bn_relu_conv_relu(case: Head, need_dx: bool, as_exact_as_torch: Callable[..., None]) -> None:
+def test_conv_bn_relu_conv_relu(
+    case: Head, need_dx: bool, device: str, as_exact_as_torch: Callable[..., None]
+) -> None:
     inputs, dy = drawn(case)
-    ours = run(ops.conv_bn_relu_conv_relu_train, inputs, case, dy, need_dx)
+    ours = run(ops.conv_bn_relu_conv_relu_train, inputs, case, dy, need_dx, device)
     reference = ops.conv_bn_relu_conv_relu_train_reference
     torch32 = run(reference, inputs, case, dy, need_dx)
     exact = run(reference, {key: value.double() for key, value in inputs.items()}, case, dy, need_dx)
@@ -139,13 +147,13 @@ def test_conv_bn_relu_conv_relu(case: Head, need_dx: bool, as_exact_as_torch: Ca
 @pytest.mark.parametrize(
     "case", [FEW_CHANNELS[0], FEW_CHANNELS[1], FEW_CHANNELS[8], *MORE_CHANNELS[:3]], ids=str
 )
-def test_threads_and_repetition_change_no_bit(case: Head, precision: ops.Precision) -> None:
+def test_threads_and_repetition_change_no_bit(case: Head, precision: ops.Precision, device: str) -> None:
     inputs = draw(case)
     _, mask = decided(inputs, case)
     dy = torch.randn(mask.shape)
 
     def compute() -> dict[str, Tensor]:
-        return run(ops.conv_bn_relu_conv_relu_train, inputs, case, dy, False, precision=precision)
+        return run(ops.conv_bn_relu_conv_relu_train, inputs, case, dy, False, device, precision=precision)
 
     torch.set_num_threads(1)
     expected = compute()
@@ -157,36 +165,36 @@ def test_threads_and_repetition_change_no_bit(case: Head, precision: ops.Precisi
 
 @pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("case", CASES[:4] + MORE_CHANNELS[:2], ids=str)
-def test_uninitialised_memory_is_never_read(case: Head) -> None:
+def test_uninitialised_memory_is_never_read(case: Head, device: str) -> None:
     inputs, dy = drawn(case)
-    expected = run(ops.conv_bn_relu_conv_relu_train, inputs, case, dy, False)
+    expected = run(ops.conv_bn_relu_conv_relu_train, inputs, case, dy, False, device)
     wider = case._replace(H=case.H + 3, W=case.W + 9, K1=case.K1 + 17, K2=case.K2 + 5)
     nothing = {key: torch.full_like(value, NAN) for key, value in draw(wider).items()}
-    shape = ops.conv_bn_relu_conv_relu_train(**nothing, **settings(wider))[0].shape
-    run(ops.conv_bn_relu_conv_relu_train, nothing, wider, torch.full(shape, NAN), False)
-    blocks = [torch.full_like(value, NAN) for value in expected.values() for _ in range(4)]
+    shape = ops.conv_bn_relu_conv_relu_train(**on(device, nothing), **settings(wider))[0].shape
+    run(ops.conv_bn_relu_conv_relu_train, nothing, wider, torch.full(shape, NAN), False, device)
+    blocks = [torch.full_like(value, NAN, device=device) for value in expected.values() for _ in range(4)]
     del blocks
-    for key, value in run(ops.conv_bn_relu_conv_relu_train, inputs, case, dy, False).items():
+    for key, value in run(ops.conv_bn_relu_conv_relu_train, inputs, case, dy, False, device).items():
         assert torch.equal(value, expected[key]), key
 
 
 @pytest.mark.parametrize("mean", [0.0, 1.0, 100.0])
-def test_statistics_with_a_large_mean(mean: float) -> None:
-    """They follow from the pictures' own moments, less a shift: a large mean costs no precision."""
+def test_statistics_with_a_large_mean(mean: float, device: str) -> None:
+    """They follow from moments less a shift: a large mean costs no precision."""
     case = Head(2, 3, 8, 8, 40, 40)
     inputs = draw(case)
     inputs["x"] = inputs["x"] + mean
-    _, mean32, var32 = ops.conv_bn_relu_conv_relu_train(**inputs)
+    _, mean32, var32 = (result.cpu() for result in ops.conv_bn_relu_conv_relu_train(**on(device, inputs)))
     exact = F.conv2d(inputs["x"].double(), inputs["weight1"].double(), inputs["bias1"].double())
     var, centre = torch.var_mean(exact, dim=(0, 2, 3), correction=0)
     torch.testing.assert_close(var32, var.float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(mean32, centre.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_constant_picture_has_no_variance() -> None:
+def test_a_constant_picture_has_no_variance(device: str) -> None:
     inputs = draw(Head(1, 3, 8, 8, 12, 12))
     inputs["x"] = torch.full_like(inputs["x"], 0.7)
-    y, _, var = ops.conv_bn_relu_conv_relu_train(**inputs)
+    y, _, var = (result.cpu() for result in ops.conv_bn_relu_conv_relu_train(**on(device, inputs)))
     assert float(var.abs().max()) < 1e-12
     between = inputs["beta"].relu()[None, :, None, None].expand(1, 8, 10, 10)
     expected = ops.conv_relu_reference(between, inputs["weight2"], inputs["bias2"])
@@ -194,11 +202,11 @@ def test_a_constant_picture_has_no_variance() -> None:
 
 
 @pytest.mark.parametrize("C", [3, 16])
-def test_nan_reaches_what_it_may(C: int) -> None:
+def test_nan_reaches_what_it_may(C: int, device: str) -> None:
     """One NaN in x makes NaN of every statistic, as in PyTorch, and so of every output."""
     inputs = draw(Head(2, C, 8, 8, 14, 14))
     inputs["x"][1, 0, 3, 3] = NAN
-    y, mean, var = ops.conv_bn_relu_conv_relu_train(**inputs)
+    y, mean, var = ops.conv_bn_relu_conv_relu_train(**on(device, inputs))
     assert mean.isnan().all()
     assert var.isnan().all()
     assert y.isnan().all()
@@ -215,10 +223,11 @@ def test_nan_reaches_what_it_may(C: int) -> None:
         ({"x": torch.randn(0, 3, 9, 9)}, "at least one image"),
     ],
 )
-def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
-    inputs = draw(Head(1, 3, 8, 4, 9, 9))
+def test_errors_name_the_argument(change: dict[str, Any], message: str, device: str) -> None:
+    given = {**draw(Head(1, 3, 8, 4, 9, 9)), **change}
+    given = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
     with pytest.raises(RuntimeError, match=message):
-        ops.conv_bn_relu_conv_relu_train(**{**inputs, **change})
+        ops.conv_bn_relu_conv_relu_train(**given)
 
 
 # ---- where a network uses it ---------------------------------------------------------------------
@@ -238,8 +247,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     return made
 
 
-def _network(seed: int = 0) -> models.Network:
-    network = models.create("final", image_size=160, seed=seed)
+def _network(device: str) -> models.Network:
+    network = models.create("final", image_size=160, seed=0).to(device)
     for layer in network.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0
@@ -248,20 +257,21 @@ def _network(seed: int = 0) -> models.Network:
 
 def _step(network: models.Network) -> dict[str, Tensor]:
     x = torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(1))
-    x = x.to(memory_format=torch.channels_last)
-    loss = ops.softmax_cross_entropy(network(x), torch.tensor([0, 2]))
+    device = next(network.parameters()).device
+    x = x.to(device, memory_format=torch.channels_last)
+    loss = ops.softmax_cross_entropy(network(x), torch.tensor([0, 2]).to(device))
     loss.backward()
     found = {f"d{name}": p.grad for name, p in network.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **found, **dict(network.named_buffers())}
 
 
-def test_a_network_with_hooks_calls_its_layers(calls: list[str]) -> None:
+def test_a_network_with_hooks_calls_its_layers(calls: list[str], device: str) -> None:
     """The four heads are fused; with a hook on one of their layers only three are, and all results agree."""
-    expected = _step(_network())
+    expected = _step(_network(device))
     assert len(calls) == 4
     calls.clear()
     seen: list[tuple[int, ...]] = []
-    network = _network()
+    network = _network(device)
     network.get_submodule("block2_conv1").register_forward_hook(lambda *a: seen.append(tuple(a[2].shape)))
     found = _step(network)
     assert len(calls) == 3
@@ -273,8 +283,8 @@ def test_a_network_with_hooks_calls_its_layers(calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize("where", ["forward", "pre", "backward", "global"])
-def test_every_kind_of_hook_is_respected(where: str) -> None:
-    first, second, x = nn.ConvBNReLU(3, 4), nn.ConvReLU(4, 4), torch.randn(1, 3, 8, 8)
+def test_every_kind_of_hook_is_respected(where: str, device: str) -> None:
+    first, second, x = nn.ConvBNReLU(3, 4), nn.ConvReLU(4, 4), torch.randn(1, 3, 8, 8).to(device)
     assert nn.can_fuse(first, second, x)
     register = {
         "forward": second.register_forward_hook,
@@ -288,8 +298,8 @@ def test_every_kind_of_hook_is_respected(where: str) -> None:
     assert nn.can_fuse(first, second, x)
 
 
-def test_what_is_not_fused() -> None:
-    first, second, x = nn.ConvBNReLU(3, 4), nn.ConvReLU(4, 4), torch.randn(1, 3, 8, 8)
+def test_what_is_not_fused(device: str) -> None:
+    first, second, x = nn.ConvBNReLU(3, 4), nn.ConvReLU(4, 4), torch.randn(1, 3, 8, 8).to(device)
     assert not nn.can_fuse(second, second, x)
     assert not nn.can_fuse(first, torch.nn.Identity(), x)
     assert not nn.can_fuse(first, nn.ConvReLU(4, 4, precision="bf16"), x)
