@@ -85,19 +85,19 @@ def test_hooks_fire(layer: str) -> None:
 
 @pytest.mark.parametrize("layer", ["ConvReLU", "ConvBNReLU", "Dense", "all"])
 @pytest.mark.parametrize("train", [True, False])
-def test_to_another_dtype_says_what_is_supported(layer: str, train: bool) -> None:
+def test_to_another_dtype_says_what_is_supported(layer: str, train: bool, device: str) -> None:
     make, shape = LAYERS[layer]
-    module = make().to(torch.float64).train(train)
-    with pytest.raises(TypeError, match=r"x must be float32, is torch\.float64"):
-        module(torch.randn(shape, dtype=torch.float64))
+    module, x = make().to(device, torch.float64).train(train), torch.randn(shape).to(device)
+    with pytest.raises(TypeError, match=r"x must be float32( or bfloat16)?, is torch\.float64"):
+        module(x.double())
     with pytest.raises((TypeError, RuntimeError), match=r"(weight|bias) must be float32"):
-        module(torch.randn(shape))
-    module.to(torch.float32)(torch.randn(shape))
+        module(x)
+    module.to(torch.float32)(x)
 
 
-def test_to_channels_last_changes_nothing() -> None:
-    network, x = small_network(), pictures()
-    dlogits = torch.randn(2, 3)
+def test_to_channels_last_changes_nothing(device: str) -> None:
+    network, x = small_network().to(device), pictures().to(device)
+    dlogits = torch.randn(2, 3).to(device)
     converted = copy.deepcopy(network).to(memory_format=torch.channels_last)
     assert converted[0].weight.is_contiguous(memory_format=torch.channels_last)
     for module in (network, converted):
@@ -107,17 +107,17 @@ def test_to_channels_last_changes_nothing() -> None:
         assert torch.equal(p, q)
 
 
-def test_channels_last_goes_through() -> None:
+def test_channels_last_goes_through(device: str) -> None:
     """No layer makes the next one convert its input."""
-    x = pictures()
-    for layer in small_network()[:4]:
+    x = pictures().to(device)
+    for layer in small_network().to(device)[:4]:
         x = layer(x)
         assert x.is_contiguous(memory_format=torch.channels_last)
     assert nn.Flatten()(x).data_ptr() == x.data_ptr()
 
 
-def test_train_and_eval() -> None:
-    layer, x = nn.ConvBNReLU(3, 5), torch.randn(4, 3, 8, 8)
+def test_train_and_eval(device: str) -> None:
+    layer, x = nn.ConvBNReLU(3, 5).to(device), torch.randn(4, 3, 8, 8).to(device)
     assert not torch.equal(layer.train()(x), layer.eval()(x))
     before = copy.deepcopy(layer.state_dict())
     layer(x)
@@ -127,9 +127,9 @@ def test_train_and_eval() -> None:
     assert not torch.equal(layer.running_var, before["running_var"])
 
 
-def test_running_statistics_carry_no_graph() -> None:
-    layer = nn.ConvBNReLU(3, 5)
-    layer(torch.randn(2, 3, 6, 6))
+def test_running_statistics_carry_no_graph(device: str) -> None:
+    layer = nn.ConvBNReLU(3, 5).to(device)
+    layer(torch.randn(2, 3, 6, 6).to(device))
     assert not layer.running_mean.requires_grad
     assert layer.running_mean.grad_fn is None
 
@@ -239,23 +239,24 @@ def test_distributed_gradients_are_the_mean(tmp_path: Path, monkeypatch: pytest.
 
 
 def convolved(layer: nn.ConvBNReLU, x: Tensor) -> Tensor:
-    return F.conv2d(x, layer.weight, layer.bias, padding=layer.padding).detach()
+    """By PyTorch on the CPU: on a GPU its products are TensorFloat-32 unless told otherwise."""
+    return F.conv2d(x, layer.weight.cpu(), layer.bias.cpu(), padding=layer.padding).detach()
 
 
 @pytest.mark.parametrize(("moving_variance", "correction"), [("unbiased", 1), ("biased", 0)])
-def test_moving_statistics(moving_variance: str, correction: int) -> None:
+def test_moving_statistics(moving_variance: str, correction: int, device: str) -> None:
     """0.99 of the old and 0.01 of the new (PyTorch's default: 0.9 and 0.1), of four values a channel: the two
     variances differ by a third."""
-    layer = nn.ConvBNReLU(3, 5, moving_variance=moving_variance)
+    layer = nn.ConvBNReLU(3, 5, moving_variance=moving_variance).to(device)
     mean, var = torch.zeros(5), torch.ones(5)
     for _ in range(3):
         x = torch.randn(1, 3, 4, 4)
         z = convolved(layer, x)
-        layer(x)
+        layer(x.to(device))
         mean = 0.99 * mean + 0.01 * z.mean((0, 2, 3))
         var = 0.99 * var + 0.01 * z.var((0, 2, 3), correction=correction)
-    torch.testing.assert_close(layer.running_mean, mean)
-    torch.testing.assert_close(layer.running_var, var, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(layer.running_mean.cpu(), mean)
+    torch.testing.assert_close(layer.running_var.cpu(), var, rtol=1e-6, atol=0.0)
     other = torch.ones(5)
     assert float((var - other).abs().max()) > 1e-4  # what is compared is not the starting value
 
@@ -264,23 +265,23 @@ def test_moving_variance_defaults_to_unbiased() -> None:
     assert nn.ConvBNReLU(3, 5).moving_variance == "unbiased"
 
 
-def test_moving_variance_of_one_value() -> None:
-    layer = nn.ConvBNReLU(3, 5)
-    layer(torch.randn(1, 3, 3, 3))
-    torch.testing.assert_close(layer.running_var, torch.full((5,), 0.99))
+def test_moving_variance_of_one_value(device: str) -> None:
+    layer = nn.ConvBNReLU(3, 5).to(device)
+    layer(torch.randn(1, 3, 3, 3).to(device))
+    torch.testing.assert_close(layer.running_var.cpu(), torch.full((5,), 0.99))
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_batch_normalisation_epsilon_is_a_thousandth(train: bool) -> None:
+def test_batch_normalisation_epsilon_is_a_thousandth(train: bool, device: str) -> None:
     """On a variance of about 1e-4, where PyTorch's 1e-5 would give three times as much."""
-    layer, x = nn.ConvBNReLU(3, 5).train(train), torch.randn(2, 3, 8, 8) / 100
+    layer, x = nn.ConvBNReLU(3, 5).to(device).train(train), torch.randn(2, 3, 8, 8) / 100
     z = convolved(layer, x)
     mean, var = z.mean((0, 2, 3)), z.var((0, 2, 3), correction=0)
     if not train:
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(var)
     with torch.no_grad():
-        y = layer(x)
+        y = layer(x.to(device)).cpu()
     expected = [
         ((z - mean[:, None, None]) / (var[:, None, None] + eps).sqrt()).relu() for eps in (1e-3, 1e-5)
     ]
@@ -318,8 +319,8 @@ def test_batch_normalisation_starts_as_in_keras() -> None:
         assert torch.equal(tensor, torch.full((5,), float(value)))
 
 
-def test_flatten_is_in_height_width_channel_order() -> None:
-    x = torch.arange(2 * 3 * 2 * 4).float().view(2, 3, 2, 4)
+def test_flatten_is_in_height_width_channel_order(device: str) -> None:
+    x = torch.arange(2 * 3 * 2 * 4).float().view(2, 3, 2, 4).to(device)
     expected = [
         [float(x[n, c, h, w]) for h in range(2) for w in range(4) for c in range(3)] for n in range(2)
     ]
@@ -330,9 +331,9 @@ def test_flatten_is_in_height_width_channel_order() -> None:
 
 
 @pytest.mark.parametrize(("size", "pooled"), [(5, 2), (7, 3), (2, 1), (611, 305)])
-def test_pooling_floors(size: int, pooled: int) -> None:
+def test_pooling_floors(size: int, pooled: int, device: str) -> None:
     """VALID: an odd last row and column are dropped, and have no gradient."""
-    x = torch.rand(1, 1, size, size, requires_grad=True)
+    x = torch.rand(1, 1, size, size).to(device).requires_grad_()
     y = nn.MaxPool2d()(x)
     assert y.shape == (1, 1, pooled, pooled)
     y.sum().backward()
@@ -341,8 +342,8 @@ def test_pooling_floors(size: int, pooled: int) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5])
-def test_dropout_scales_in_training_only(rate: float) -> None:
-    layer, x = nn.Dropout(rate), torch.rand(100, 100) + 1
+def test_dropout_scales_in_training_only(rate: float, device: str) -> None:
+    layer, x = nn.Dropout(rate), torch.rand(100, 100).to(device) + 1
     assert torch.equal(layer.eval()(x), x)
     y = layer.train()(x)
     kept = y != 0
@@ -351,9 +352,9 @@ def test_dropout_scales_in_training_only(rate: float) -> None:
     assert float(kept.float().mean()) == pytest.approx(1 - rate, abs=5 * math.sqrt(rate * (1 - rate) / 1e4))
 
 
-def test_fused_pool_is_the_layers_apart() -> None:
-    fused = nn.ConvReLU(3, 5, pool=True)
-    apart = nn.ConvReLU(3, 5)
+def test_fused_pool_is_the_layers_apart(device: str) -> None:
+    fused = nn.ConvReLU(3, 5, pool=True).to(device)
+    apart = nn.ConvReLU(3, 5).to(device)
     apart.load_state_dict(fused.state_dict())
-    x = torch.randn(2, 3, 9, 10)
+    x = torch.randn(2, 3, 9, 10).to(device)
     assert torch.equal(fused(x), nn.MaxPool2d()(apart(x)))
