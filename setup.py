@@ -98,7 +98,9 @@ def gencode_flags() -> list[str]:
         os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES).replace(" ", ";").split(";")
     ):
         number = architecture.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        # Machine code for Hopper may use all that is its own: wgmma.
+        machine = "90a" if number == "90" else number
+        flags.append(f"-gencode=arch=compute_{machine},code=sm_{machine}")
         if architecture.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
@@ -131,6 +133,8 @@ def compile_cuda(nvcc: Path, source: Path, folder: Path) -> str:
         flags += ["--threads", "2", *gencode_flags()]
     else:
         flags += ["-DUSE_CUDA", STABLE_ABI, *torch_includes()]
+        if any("sm_90a" in flag for flag in gencode_flags()):
+            flags.append("-DMASKCORE_BUILT_FOR_SM90A")
     subprocess.run([nvcc, *flags, "-c", source, "-o", built], check=True)
     return str(built)
 

@@ -74,11 +74,9 @@ cudaError_t launch_coefficients(const float* gamma, const float* beta, const flo
 /// The second convolution, of the first one's output.
 ConvCall second_call(const ConvCall& first, int64_t K, int64_t padding) {
   const ConvSize& s = first.size;
-  return {{.N = s.N, .H = s.P, .W = s.Q, .C = s.K, .K = K, .padding = padding},
-          first.dtype,
-          first.precision,
-          first.multiprocessors,
-          first.shared_bytes};
+  ConvCall second = first;
+  second.size = {.N = s.N, .H = s.P, .W = s.Q, .C = s.K, .K = K, .padding = padding};
+  return second;
 }
 
 template <class T>

@@ -5,6 +5,7 @@
 
 #include "conv_first_layer.cuh"
 #include "conv_halo_tile.cuh"
+#include "conv_halo_wgmma.cuh"
 #include "conv_weight_gradient.cuh"
 
 namespace maskcore {
@@ -54,6 +55,18 @@ Activation<T> activation(const ConvSize& s, const T* x) {
           .W = static_cast<int>(s.W),
           .C = static_cast<int>(s.C),
           .aligned = aligned(x, s.C)};
+}
+
+/// A convolution of whatever a source gives, by the products that the device has.
+template <class Math, class Source, class Epilogue>
+cudaError_t convolve(const ConvCall& call, const ConvSize& s, const Source& source, const Epilogue& epilogue,
+                     const float* weight, bool turned, void* packed, cudaStream_t stream) {
+  const auto conv = halo_convolution(s, source, epilogue, packed);
+  if (conv.tiling.tiles == 0) return cudaErrorInvalidValue;
+  if constexpr (Math::kFragments && !kConverts<Math, Source>) {
+    if (call.wgmma && s.K > 32) return convolve_halo_wgmma<Math>(call, s, weight, turned, conv, stream);
+  }
+  return convolve_halo_tile<Math>(call, s, weight, turned, conv, stream);
 }
 
 /// The convolution of a tensor: that of pictures has a kernel of its own.

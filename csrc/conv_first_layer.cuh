@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
                      records + warp * 3 * Tile::kTileN, pixels + warp);
     if constexpr (Epilogue::kStatistics) {
       __syncthreads();
-      store_moments<Tile>(records, pixels, tiling, at, tile, k0, conv.epilogue);
+      store_moments<Tile>(thread, records, pixels, tiling, at, tile, k0, conv.epilogue);
     }
     if (!more) return;
     __syncthreads();  // all have read this tile's position

@@ -46,6 +46,8 @@
 //              other eight warps would
 //   shared memory traffic of a 64 x 32 warp tile: (64 + 32) * 32 bytes for 64 * 32 * 16 bf16 products = 24
 //   cycles of 128 bytes, in which an sm_80 does 32 cycles' worth of products; TF32 the same for 64 * 32 * 8.
+//
+// An sm_90 has products of its own, and takes conv_halo_wgmma.cuh for more than 32 output channels.
 #pragma once
 
 #include <algorithm>
@@ -60,7 +62,7 @@
 namespace maskcore {
 
 constexpr int kTaps = 9;
-constexpr int kPatchPixels = 192;
+constexpr int kTilePixels = 128, kPatchPixels = 192;
 constexpr int kPatchBytes = kPatchPixels * kRowBytes;
 constexpr int kNarrowFilterBytes = 36 * 1024, kMiddleFilterBytes = 72 * 1024;
 constexpr int kFewStages = 2, kManyStages = 3;
@@ -77,7 +79,7 @@ struct HaloTile {
   using Math = Math_;
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, MT = MT_, NT = 4;
   static constexpr int kTileM = kWarpsM * 16 * MT, kTileN = kWarpsN * 8 * NT;
-  static constexpr int kWarps = kWarpsM * kWarpsN, kThreads = 32 * kWarps;
+  static constexpr int kWarps = kWarpsM * kWarpsN, kThreads = 32 * kWarps, kLoaders = kThreads;
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kSlab = kRowChunks * Math::kLanes;  // channels
   static constexpr int kTapBytes = kTileN * kRowBytes;
@@ -87,7 +89,7 @@ struct HaloTile {
   // What is asked for in a tap is waited for one or, with many stages, two taps later.
   static constexpr int kItems = (kPatchPixels * kRowChunks + kThreads - 1) / kThreads;
   static_assert(kItems <= kTaps - (kManyStages - 2));
-  static_assert(kTileM == 128 && kThreads % kRowChunks == 0 && kTileN <= kThreads);
+  static_assert(kTileM == kTilePixels && kThreads % kRowChunks == 0 && kTileN <= kThreads);
   // Sums are staged where the last slab's patch or, in a block with one tile, anything was.
   static constexpr int kEpilogueBytes = kWarps * (kStageBytes + 4) + kWarpsM * 3 * kTileN * 4;
   static_assert(kEpilogueBytes <= 2 * kPatchBytes + kFewStages * kTapBytes);
@@ -140,7 +142,7 @@ struct HaloConvolution {
   SpreadTiling tiling;
   Source source;
   Epilogue epilogue;
-  const uint4* filter;  // packed
+  uint4* filter;  // packed
   int slabs;
   int filter_rows;  // output channels rounded up to whole tiles
   int stages;       // kFewStages or kManyStages
@@ -158,7 +160,10 @@ struct PatchLoader {
   struct Place {
     int number = fresh_thread();
 
-    __device__ __forceinline__ explicit Place(int i) { number += i * Tile::kThreads; }
+    __device__ __forceinline__ explicit Place(int i) {
+      if constexpr (Tile::kLoaders < Tile::kThreads) number %= Tile::kLoaders;
+      number += i * Tile::kLoaders;
+    }
     __device__ __forceinline__ int pixel() const { return number / kRowChunks; }
     __device__ __forceinline__ int channel(int slab) const {
       return (slab * kRowChunks + number % kRowChunks) * Math::kLanes;
@@ -269,12 +274,12 @@ __device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT
   }
 }
 
-/// A tile's moments from its warps' records and numbers of pixels; a thread a channel.
+/// A tile's moments, of its n-th channel, from its warps' records and numbers of pixels.
 template <class Tile, class Epilogue>
-__device__ __forceinline__ void store_moments(const float* records, const float* pixels, const Tiling& tiling,
-                                              const Tiling::Position& at, int tile, int k0,
-                                              const Epilogue& epilogue) {
-  const int n = threadIdx.x, k = k0 + n;
+__device__ __forceinline__ void store_moments(int n, const float* records, const float* pixels,
+                                              const Tiling& tiling, const Tiling::Position& at, int tile,
+                                              int k0, const Epilogue& epilogue) {
+  const int k = k0 + n;
   if (n >= Tile::kTileN || k >= epilogue.K) return;
   // About the first warp's pivot: y - p0 = (y - p) + (p - p0).
   const float pivot = records[n];
@@ -422,7 +427,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
                      pixels + warp);
     if constexpr (Epilogue::kStatistics) {
       __syncthreads();
-      store_moments<Tile>(records, pixels, tiling, at, tile, k_now, conv.epilogue);
+      store_moments<Tile>(thread, records, pixels, tiling, at, tile, k_now, conv.epilogue);
     }
     if (last_tile) return;
     tile += stride;
@@ -431,6 +436,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 }
 
 // ---- launching -----------------------------------------------------------------------------------
+
+/// Float32 that the products want in bfloat16 and that is computed while it is loaded: many registers an
+/// item.
+template <class Math, class Source>
+constexpr bool kConverts =
+    !Source::kPlain && !std::is_same_v<typename Source::Element, typename Math::Shared>;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -453,30 +464,41 @@ int64_t blocks_held(const ConvCall& call, int64_t filter_bytes) {
   return std::min<int64_t>(Tile::kBlocks, call.shared_bytes / bytes);
 }
 
+/// What the launchers share: tiles, and room for the packed filter. Without tiles: sizes that the kernels
+/// cannot address.
+template <class Source, class Epilogue>
+HaloConvolution<Source, Epilogue> halo_convolution(const ConvSize& s, const Source& source,
+                                                   const Epilogue& epilogue, void* packed) {
+  return {.tiling = SpreadTiling::choose(s, Epilogue::kWindows, kTilePixels, kPatchPixels),
+          .source = source,
+          .epilogue = epilogue,
+          .filter = static_cast<uint4*>(packed),
+          .slabs = 0,
+          .filter_rows = 0,
+          .stages = 0};
+}
+
+/// Packs the filter as the tile wants it.
 template <class Tile, class Source, class Epilogue>
-cudaError_t launch_halo_tile(const ConvCall& call, const ConvSize& s, const Source& source,
-                             const Epilogue& epilogue, const float* weight, bool turned, void* packed,
-                             cudaStream_t stream) {
-  using Math = typename Tile::Math;
+cudaError_t pack_filter(const ConvSize& s, const float* weight, bool turned,
+                        HaloConvolution<Source, Epilogue>& conv, cudaStream_t stream) {
+  conv.slabs = static_cast<int>(round_up(s.C, Tile::kSlab) / Tile::kSlab);
+  conv.filter_rows = static_cast<int>(round_up(s.K, Tile::kTileN));
+  const int64_t chunks = static_cast<int64_t>(conv.slabs) * kTaps * conv.filter_rows * kRowChunks;
+  return launch(&pack_filter_kernel<typename Tile::Math>, dim3(static_cast<unsigned>((chunks + 255) / 256)),
+                dim3(256), 0, stream, weight, static_cast<int>(s.K), static_cast<int>(s.C), conv.slabs,
+                conv.filter_rows, turned, conv.filter);
+}
+
+template <class Tile, class Source, class Epilogue>
+cudaError_t launch_halo_tile(const ConvCall& call, const ConvSize& s, const float* weight, bool turned,
+                             HaloConvolution<Source, Epilogue> conv, cudaStream_t stream) {
+  const cudaError_t error = pack_filter<Tile>(s, weight, turned, conv, stream);
+  if (error != cudaSuccess) return error;
   // A stage more, unless it takes a block's place.
   const bool many = blocks_held<Tile>(call, kManyStages * Tile::kTapBytes) ==
                     blocks_held<Tile>(call, kFewStages * Tile::kTapBytes);
-  const HaloConvolution<Source, Epilogue> conv{
-      .tiling = SpreadTiling::choose(s, Epilogue::kWindows, Tile::kTileM, kPatchPixels),
-      .source = source,
-      .epilogue = epilogue,
-      .filter = static_cast<const uint4*>(packed),
-      .slabs = static_cast<int>(round_up(s.C, Tile::kSlab) / Tile::kSlab),
-      .filter_rows = static_cast<int>(round_up(s.K, Tile::kTileN)),
-      .stages = many ? kManyStages : kFewStages};
-  if (conv.tiling.tiles == 0) return cudaErrorInvalidValue;
-  const int64_t chunks = static_cast<int64_t>(conv.slabs) * kTaps * conv.filter_rows * kRowChunks;
-  const cudaError_t error =
-      launch(&pack_filter_kernel<Math>, dim3(static_cast<unsigned>((chunks + 255) / 256)), dim3(256), 0,
-             stream, weight, static_cast<int>(s.K), static_cast<int>(s.C), conv.slabs, conv.filter_rows,
-             turned, static_cast<uint4*>(packed));
-  if (error != cudaSuccess) return error;
-
+  conv.stages = many ? kManyStages : kFewStages;
   int64_t blocks = static_cast<int64_t>(conv.tiling.tiles) * (conv.filter_rows / Tile::kTileN);
   int64_t filter = conv.stages * Tile::kTapBytes;
   if constexpr (Tile::kResident) {
@@ -489,16 +511,25 @@ cudaError_t launch_halo_tile(const ConvCall& call, const ConvSize& s, const Sour
                 stream, conv);
 }
 
+/// Whether tiles of 64 output channels are done a tenth sooner than those of 128, which take twice as long:
+/// the last ones keep fewer multiprocessors at work for longer, or have fewer channels. Less is not worth
+/// reading each patch twice as often.
+inline bool narrower_is_sooner(const ConvCall& call, int64_t tiles, int64_t K) {
+  const auto time = [&](int64_t columns) {
+    const int64_t all = tiles * ((K + columns - 1) / columns);
+    return columns * ((all + call.multiprocessors - 1) / call.multiprocessors);
+  };
+  return 10 * time(64) <= 9 * time(128);
+}
+
 /// The tile is chosen by the number of output channels, so that more than half of it is used; the narrow
 /// one's filter stays where it is small enough, the middle one's where the multiprocessor has room for it.
 template <class Math, class Source, class Epilogue>
-cudaError_t convolve(const ConvCall& call, const ConvSize& s, const Source& source, const Epilogue& epilogue,
-                     const float* weight, bool turned, void* packed, cudaStream_t stream) {
+cudaError_t convolve_halo_tile(const ConvCall& call, const ConvSize& s, const float* weight, bool turned,
+                               const HaloConvolution<Source, Epilogue>& conv, cudaStream_t stream) {
   const auto with = [&]<class Tile>(Tile*) {
-    return launch_halo_tile<Tile>(call, s, source, epilogue, weight, turned, packed, stream);
+    return launch_halo_tile<Tile>(call, s, weight, turned, conv, stream);
   };
-  constexpr bool kConverts =
-      !Source::kPlain && !std::is_same_v<typename Source::Element, typename Math::Shared>;
   const auto narrow = [&]<class M = Math>() {  // a template: compiled for the types that call it
     if (block_filter_bytes<NarrowTile<M>>(s) > kNarrowFilterBytes) {
       return with(static_cast<NarrowTile<M>*>(nullptr));
@@ -507,7 +538,7 @@ cudaError_t convolve(const ConvCall& call, const ConvSize& s, const Source& sour
   };
   const auto middle = [&]<class M = Math>() {
     using Resident = MiddleTile<M, true>;
-    if (block_filter_bytes<Resident>(s) > kMiddleFilterBytes ||
+    if (s.K > 64 || block_filter_bytes<Resident>(s) > kMiddleFilterBytes ||
         blocks_held<Resident>(call, kMiddleFilterBytes) < Resident::kBlocks) {
       return with(static_cast<MiddleTile<M>*>(nullptr));
     }
@@ -515,10 +546,12 @@ cudaError_t convolve(const ConvCall& call, const ConvSize& s, const Source& sour
   };
   if constexpr (!Math::kFragments) {
     return with(static_cast<SmallTile<Math>*>(nullptr));
-  } else if constexpr (kConverts) {
+  } else if constexpr (kConverts<Math, Source>) {
     return s.K > 32 ? with(static_cast<SmallTile<Math>*>(nullptr)) : narrow();
   } else {
-    if (s.K > 64) return with(static_cast<WideTile<Math>*>(nullptr));
+    if (s.K > 64 && !narrower_is_sooner(call, conv.tiling.tiles, s.K)) {
+      return with(static_cast<WideTile<Math>*>(nullptr));
+    }
     return s.K > 32 ? middle() : narrow();
   }
 }

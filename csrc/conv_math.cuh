@@ -37,6 +37,10 @@ struct Tf32 {
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma_tf32(d, a, b);
   }
+  template <int NT>
+  static __device__ __forceinline__ void wgmma(float (&d)[NT][4], const uint32_t (&a)[4], uint64_t b) {
+    wgmma_tf32(d, a, b);
+  }
 };
 
 /// mma.m16n8k16 on bfloat16, 32 channels a row.
@@ -52,6 +56,10 @@ struct Bf16 {
   static __device__ __forceinline__ void round(uint32_t (&)[4]) {}
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma_bf16(d, a, b);
+  }
+  template <int NT>
+  static __device__ __forceinline__ void wgmma(float (&d)[NT][4], const uint32_t (&a)[4], uint64_t b) {
+    wgmma_bf16(d, a, b);
   }
 };
 

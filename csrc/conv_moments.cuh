@@ -12,7 +12,7 @@ inline int64_t padded_channels(int64_t K) { return round_up(K, BatchNormReluGrad
 
 /// Tiles of any convolution's pixels that are not pooled, as all kernels cut them.
 inline int64_t tiles_of(const ConvSize& s) {
-  return Tiling::choose(s, /*pooled=*/false, WideTile<Tf32>::kTileM, kPatchPixels).tiles;
+  return Tiling::choose(s, /*pooled=*/false, kTilePixels, kPatchPixels).tiles;
 }
 
 struct TrainWorkspace {

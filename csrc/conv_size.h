@@ -28,6 +28,7 @@ struct ConvCall {
   Precision precision;
   int multiprocessors;  // of the device
   int shared_bytes;     // of a multiprocessor
+  bool wgmma;           // whether the device has it, as sm_90 alone does
 };
 
 }  // namespace maskcore

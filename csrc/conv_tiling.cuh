@@ -168,7 +168,8 @@ struct Tiling {
   /// there are 2^31 rows, or nothing to compute.
   static Tiling choose(const ConvSize& s, bool pooled, int max_pixels, int max_patch, bool spread = false) {
     Tiling best{};
-    if (s.N * (s.P + max_pixels) > std::numeric_limits<int>::max()) return best;
+    // With those of the tile past the last one, which a block may ask for.
+    if (s.N * (s.P + max_pixels) + 2 * max_pixels > std::numeric_limits<int>::max()) return best;
     best.N = static_cast<int>(s.N);
     best.H = static_cast<int>(s.H);
     best.W = static_cast<int>(s.W);

@@ -13,10 +13,11 @@
 namespace maskcore {
 
 // The block's dynamic shared memory, as much as launch() was given; its contents are unknown at the start.
-// 128 bytes are a line of all banks, so that a swizzle may be computed from offsets alone.
+// Swizzles may be computed from offsets alone: 128 bytes are a line of all banks, and wgmma's patterns repeat
+// after at most 1024.
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[];
+  extern __shared__ __align__(1024) unsigned char dynamic_shared_bytes[];
   return reinterpret_cast<T*>(dynamic_shared_bytes);
 }
 

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <initializer_list>
 #include <limits>
 #include <optional>
@@ -49,6 +50,20 @@ const char* name_of(ScalarType type) {
   }
 }
 
+/// Whether sm_90's own products may be used: where these kernels were compiled for it, and MASKCORE_WGMMA is
+/// not 0, to compare them with those that every GPU has.
+bool wgmma_is_wanted() {
+#ifdef MASKCORE_BUILT_FOR_SM90A
+  const char* const value = std::getenv("MASKCORE_WGMMA");
+  const std::string wanted = value == nullptr ? "" : value;
+  STD_TORCH_CHECK(wanted.empty() || wanted == "0" || wanted == "1", "MASKCORE_WGMMA must be 0 or 1, is ",
+                  wanted);
+  return wanted != "0";
+#else
+  return false;
+#endif
+}
+
 std::string device_of(const Tensor& tensor) {
   return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "not a CUDA device";
 }
@@ -70,6 +85,7 @@ class Call {
     STD_TORCH_CHECK(major >= 8, first, " is on cuda:", index_, ", whose compute capability ", major, ".",
                     minor, " is below 8.0: maskcore's CUDA kernels need an A100, an RTX 30 or a later GPU");
     void* stream = nullptr;
+    wgmma_ = major == 9 && minor == 0 && wgmma_is_wanted();
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
@@ -77,6 +93,7 @@ class Call {
   cudaStream_t stream() const { return stream_; }
   int multiprocessors() const { return multiprocessors_; }
   int shared_bytes() const { return shared_bytes_; }  // of a multiprocessor
+  bool wgmma() const { return wgmma_; }
 
   /// Device, dimensions, dtype and layout.
   void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes,
@@ -128,6 +145,7 @@ class Call {
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   int multiprocessors_ = 0, shared_bytes_ = 0;
+  bool wgmma_ = false;
   cudaStream_t stream_ = nullptr;
 };
 
@@ -177,7 +195,7 @@ ConvCall conv_call(const Call& call, const Tensor& x, const Tensor& weight, int6
   check_row(size.W + 2 * padding, size.K, "the convolution's output");
   STD_TORCH_CHECK(size.N <= std::numeric_limits<int32_t>::max() / (size.H * size.W),
                   "x must have fewer than 2^31 pixels, has ", size.N, " x ", size.H, " x ", size.W);
-  return {size, dtype, parse_precision(precision), call.multiprocessors(), call.shared_bytes()};
+  return {size, dtype, parse_precision(precision), call.multiprocessors(), call.shared_bytes(), call.wgmma()};
 }
 
 ScalarType scalar_type(DataType dtype) {

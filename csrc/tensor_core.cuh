@@ -1,6 +1,6 @@
 // The instructions of sm_80 that C++ has no words for, one function an instruction: asynchronous copies into
-// shared memory, matrix loads, matrix products, conversions. The only file with inline PTX. Under
-// MASKCORE_CUDA_EMULATION tests/cuda_emulator supplies the same functions.
+// shared memory, matrix loads, matrix products, conversions; and of sm_90a the products of a warpgroup. The
+// only file with inline PTX. Under MASKCORE_CUDA_EMULATION tests/cuda_emulator supplies the same functions.
 //
 // Fragments, as the PTX ISA lays them over a warp; lane = 4 g + t, so g = 0..7 and t = 0..3:
 //   mma_tf32  A 16 x 8   a[0..3] = (g, t)  (g+8, t)  (g, t+4)  (g+8, t+4)
@@ -19,6 +19,11 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+// Of sm_90a alone, as which sm_90 is compiled (setup.py); elsewhere no launcher starts what uses wgmma.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define MASKCORE_WGMMA
+#endif
 
 namespace maskcore {
 
@@ -117,6 +122,92 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// ---- sm_90a: the products of a warpgroup, which is four warps from a multiple of four on ---------
+
+// fence.proxy.async: what this thread has written to shared memory, cp.async's copies that it has waited for
+// included, may be read by the wgmmas that follow, those of other warps after a barrier.
+__device__ __forceinline__ void wgmma_operand_fence() {
+#ifdef MASKCORE_WGMMA
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#endif
+}
+
+// wgmma.fence: registers that this warp has written may be read by the wgmmas that follow.
+__device__ __forceinline__ void wgmma_fence() {
+#ifdef MASKCORE_WGMMA
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+#endif
+}
+
+// wgmma.commit_group: this warp's wgmmas since the last commit become one group.
+__device__ __forceinline__ void wgmma_commit() {
+#ifdef MASKCORE_WGMMA
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+#endif
+}
+
+// wgmma.wait_group: returns when all but the latest kPending groups of this warp have been computed. Until
+// then their sums may not be read, their fragments and operands in shared memory not be written.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+#ifdef MASKCORE_WGMMA
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+#endif
+}
+
+#define MASKCORE_16_SUMS(i)                                                                          \
+  "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3]), "+f"(d[i + 1][0]), "+f"(d[i + 1][1]),  \
+      "+f"(d[i + 1][2]), "+f"(d[i + 1][3]), "+f"(d[i + 2][0]), "+f"(d[i + 2][1]), "+f"(d[i + 2][2]), \
+      "+f"(d[i + 2][3]), "+f"(d[i + 3][0]), "+f"(d[i + 3][1]), "+f"(d[i + 3][2]), "+f"(d[i + 3][3])
+#define MASKCORE_WGMMA_64_COLUMNS(depth_and_types, of_b)                                                     \
+  asm volatile(                                                                                              \
+      "wgmma.mma_async.sync.aligned.m64n64" depth_and_types                                                  \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "         \
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1" of_b \
+      ";\n"                                                                                                  \
+      : MASKCORE_16_SUMS(0), MASKCORE_16_SUMS(4)                                                             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define MASKCORE_WGMMA_128_COLUMNS(depth_and_types, of_b)                                               \
+  asm volatile(                                                                                         \
+      "wgmma.mma_async.sync.aligned.m64n128" depth_and_types                                            \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "    \
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, " \
+      "%39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, " \
+      "%58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1" of_b ";\n"                    \
+      : MASKCORE_16_SUMS(0), MASKCORE_16_SUMS(4), MASKCORE_16_SUMS(8), MASKCORE_16_SUMS(12)             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+// wgmma.mma_async.sync.aligned.m64n(8 NT)k16.f32.bf16.bf16: d += a b. Of the 64 rows of a each of the four
+// warps holds 16, as mma_bf16's A, and of the sums mma's D of its rows and the columns from 8 i on in d[i]; b
+// is the matrix descriptor of 8 NT rows, the same for all threads.
+template <int NT>
+__device__ __forceinline__ void wgmma_bf16(float (&d)[NT][4], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(NT == 8 || NT == 16);
+#ifdef MASKCORE_WGMMA
+  if constexpr (NT == 8) {
+    MASKCORE_WGMMA_64_COLUMNS("k16.f32.bf16.bf16", ", 0");
+  } else {
+    MASKCORE_WGMMA_128_COLUMNS("k16.f32.bf16.bf16", ", 0");
+  }
+#endif
+}
+
+// wgmma.mma_async.sync.aligned.m64n(8 NT)k8.f32.tf32.tf32: the same, a as mma_tf32's A.
+template <int NT>
+__device__ __forceinline__ void wgmma_tf32(float (&d)[NT][4], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(NT == 8 || NT == 16);
+#ifdef MASKCORE_WGMMA
+  if constexpr (NT == 8) {
+    MASKCORE_WGMMA_64_COLUMNS("k8.f32.tf32.tf32", "");
+  } else {
+    MASKCORE_WGMMA_128_COLUMNS("k8.f32.tf32.tf32", "");
+  }
+#endif
+}
+#undef MASKCORE_WGMMA_128_COLUMNS
+#undef MASKCORE_WGMMA_64_COLUMNS
+#undef MASKCORE_16_SUMS
+
 // cvt.rna.tf32.f32: to the nearest number with 10 mantissa bits, ties away from zero.
 __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t rounded;
@@ -178,6 +269,30 @@ __device__ __forceinline__ int in_a_register(int value) {
   asm volatile("" : "+r"(value));
 #endif
   return value;
+}
+
+// Waits for all wgmmas; their sums are read after it.
+template <int NT>
+__device__ __forceinline__ void wgmma_wait_for(float (&d)[NT][4]) {
+  wgmma_wait<0>();
+#ifndef MASKCORE_CUDA_EMULATION
+#pragma unroll
+  for (int i = 0; i < NT; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(d[i][j])::"memory");
+  }
+#else
+  (void)d;
+#endif
+}
+
+// The matrix descriptor of rows of 64 bytes along the reduction, whose 16-byte chunks are swizzled by bits 7
+// and 8 of their addresses ("64-Byte swizzling mode", K-major): eight rows further, 512 bytes further. `rows`
+// is the first of them, on a multiple of 512 bytes, or 32 bytes behind it, where the next step's operand
+// begins.
+__device__ __forceinline__ uint64_t wgmma_rows_of_64(const void* rows) {
+  constexpr uint64_t kSwizzle64 = 2, kUnused = 1, kEightRows = 512;
+  return kSwizzle64 << 62 | kEightRows >> 4 << 32 | kUnused << 16 | (shared_address(rows) & 0x3ffffu) >> 4;
 }
 
 // The inverse of pack_bf16, exact: a bfloat16 is a float's upper half.

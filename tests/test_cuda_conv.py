@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import cuda_emulator
@@ -33,6 +35,7 @@ class Kind(NamedTuple):
     dtype: torch.dtype
     precision: str
     mantissa: int  # bits of the operands
+    wgmma: bool = False  # on a device that has it
 
     def round(self, x: Tensor) -> Tensor:
         """To the operands' mantissa: to nearest, ties to even in bf16, away from zero in tf32."""
@@ -49,7 +52,11 @@ KINDS = {
     "tf32": Kind(torch.float32, "tf32", 10),
     "fp32-bf16": Kind(torch.float32, "bf16", 7),
     "bf16": Kind(torch.bfloat16, "bf16", 7),
+    "tf32-wgmma": Kind(torch.float32, "tf32", 10, wgmma=True),
+    "fp32-bf16-wgmma": Kind(torch.float32, "bf16", 7, wgmma=True),
+    "bf16-wgmma": Kind(torch.bfloat16, "bf16", 7, wgmma=True),
 }
+PLAIN_KINDS = [name for name, kind in KINDS.items() if not kind.wgmma]
 PRECISIONS = ["ieee", "tf32", "bf16"]
 
 
@@ -82,14 +89,54 @@ SIZES = [
     Size(1, 19, 21, 8, 33, 1),  # several tiles; one channel in a second block of the middle tile
     Size(2, 12, 12, 32, 32, 0),  # resident filter, full slabs
     Size(2, 9, 18, 40, 65, 1),  # a wide tile with one channel over half, slabs with tails
-    Size(1, 6, 5, 100, 130, 0),  # two wide tiles, many slabs, unaligned in bf16
+    Size(1, 6, 5, 100, 194, 0),  # two wide tiles, many slabs, unaligned in bf16
+    Size(1, 7, 6, 20, 130, 0),  # three middle tiles: two wide ones would be emptier
     Size(1, 10, 40, 16, 24, 1),  # wide image
     Size(1, 40, 4, 17, 7, 0),  # tall image, odd channels
     Size(1, 30, 26, 20, 32, 1),  # more tiles than blocks of a resident filter
     Size(1, 31, 33, 3, 33, 1),  # first layer, tiles that a block goes through, two blocks of channels
     Size(2, 12, 40, 2, 8, 0),  # pictures of two channels
 ]
-IDS = list(map(str, SIZES))
+# wgmma's kernels, by bytes of filter in bf16 and in TF32, forward and, channels turned, in backward-data: up to 72 KB
+# resident in a block with one tile, up to 144 KB in a block with two, above that streamed; a wide tile always. Three
+# tiles, so that a block with two has one without pixels, or more than a block goes through at once.
+WGMMA_SIZES = [
+    Size(1, 13, 21, 66, 34, 1),  # 108 and 180 KB
+    Size(1, 13, 21, 34, 66, 1),  # backward so; forward a wide tile
+    Size(2, 9, 15, 34, 34, 1),  # 72 and 108 KB
+    Size(1, 7, 9, 130, 34, 0),  # 180 and 324 KB
+    Size(1, 7, 9, 34, 130, 0),  # backward so; forward two wide tiles
+    Size(1, 20, 30, 12, 34, 1),  # 36 KB, more than two tiles for each of two blocks
+    Size(1, 20, 30, 34, 12, 1),  # backward so
+]
+
+
+def used_forward(s: Size, kind: Kind) -> bool:
+    """Whether wgmma is: pictures, and few output channels, have kernels without it (csrc/conv_dispatch.cuh)."""
+    return s.C > 3 and s.K > 32
+
+
+def used_backward(s: Size, kind: Kind) -> bool:
+    """Nor are gradients multiplied by it that have to be rounded on their way into shared memory."""
+    return s.C > 32 and (kind.dtype == torch.bfloat16 or kind.precision != "bf16")
+
+
+def used(s: Size, kind: Kind) -> bool:
+    return used_forward(s, kind) or used_backward(s, kind)
+
+
+def sizes_and_kinds(
+    sizes: Sequence[Size], wgmma_sizes: Sequence[Size], is_used: Callable[[Size, Kind], bool]
+) -> pytest.MarkDecorator:
+    """Every size with every kind, but those with wgmma where it is used: elsewhere they are the same kernels."""
+    pairs = [(s, kind) for s in sizes for kind in PLAIN_KINDS]
+    pairs += [
+        (s, name)
+        for s in (*sizes, *wgmma_sizes)
+        for name, kind in KINDS.items()
+        if kind.wgmma and is_used(s, kind)
+    ]
+    return pytest.mark.parametrize(("s", "kind"), pairs, ids=[f"{s}-{kind}" for s, kind in pairs])
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +152,8 @@ def fused() -> cuda_emulator.Kernels:
 CALL = np.dtype(
     [(name, np.int64) for name in ("N", "H", "W", "C", "K", "padding", "P", "Q")]
     + [(name, np.int32) for name in ("dtype", "precision", "multiprocessors", "shared_bytes")]
+    + [("wgmma", np.bool_)],
+    align=True,
 )
 
 
@@ -114,7 +163,8 @@ def conv_call(
     """A ConvCall of csrc/conv_size.h."""
     dtype = [torch.float32, torch.bfloat16].index(kind.dtype)
     precision = PRECISIONS.index(kind.precision)
-    return np.array([(*s, s.P, s.Q, dtype, precision, multiprocessors, shared_bytes)], CALL)
+    device = (multiprocessors, shared_bytes, kind.wgmma)
+    return np.array([(*s, s.P, s.Q, dtype, precision, *device)], CALL)
 
 
 def workspace(kernels: cuda_emulator.Kernels, name: str, call: np.ndarray, *sizes: int) -> Workspace:
@@ -172,8 +222,7 @@ def equal(ours: Tensor, exact: Tensor, name: str) -> None:
     assert len(wrong) == 0, f"{name}: {len(wrong)} of {ours.numel()} differ, first at {wrong[0].tolist()}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("s", SIZES, ids=IDS)
+@sizes_and_kinds(SIZES, WGMMA_SIZES, used_forward)
 def test_conv_relu_whole_numbers(forward: cuda_emulator.Kernels, s: Size, kind: str) -> None:
     k = KINDS[kind]
     x, weight, bias = whole(s.N, s.H, s.W, s.C), whole(s.K, s.C, 3, 3), whole(s.K)
@@ -182,6 +231,39 @@ def test_conv_relu_whole_numbers(forward: cuda_emulator.Kernels, s: Size, kind: 
     room = workspace(forward, "conv_relu_workspace_bytes", call)
     forward.run("launch_conv_relu", call, x.to(k.dtype), weight.float(), bias.float(), Output(y), room)
     equal(y, nhwc(F.relu(F.conv2d(nchw(x), weight, bias, padding=s.padding))), "y")
+
+
+def wgmma_tiles(kernels: cuda_emulator.Kernels, launcher: str, call: np.ndarray) -> set[str]:
+    """The tiles of wgmma's kernels that a launcher starts: type, columns, tiles a block, whether it is resident."""
+    parameters = len(kernels.launchers[launcher][0].parameters)
+    launches = kernels.record(launcher, call.ctypes.data, *[1 << 20] * (parameters - 1))
+    found = [
+        re.search(r"conv_halo_wgmma_kernel<.*?WgmmaTile<.*?(\w+), (.*?)>", launch.kernel)
+        for launch in launches
+    ]
+    return {f"{match[1]} {match[2]}" for match in found if match}
+
+
+TILES = ["128, 2, false", "64, 1, true", "64, 2, true", "64, 2, false"]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_sizes_reach_every_tile_of_wgmma(
+    forward: cuda_emulator.Kernels, backward: cuda_emulator.Kernels, direction: str
+) -> None:
+    """And what is not run with it would reach none."""
+    kernels, launcher, is_used = {
+        "forward": (forward, "launch_conv_relu", used_forward),
+        "backward": (backward, "launch_conv_relu_backward", used_backward),
+    }[direction]
+    reached = set()
+    for s in (*SIZES, *WGMMA_SIZES):
+        for name in KINDS.keys() - PLAIN_KINDS:
+            kind = KINDS[name]
+            tiles = wgmma_tiles(kernels, launcher, conv_call(s, kind))
+            assert bool(tiles) == is_used(s, kind), f"{s} {name}"
+            reached |= tiles
+    assert reached == {f"{math} {tile}" for math in ("Tf32", "Bf16") for tile in TILES}
 
 
 def windows(P: int, Q: int, s: Size, k: Kind) -> tuple[Tensor, Tensor]:
@@ -206,8 +288,7 @@ def gradients(g: Tensor, x: Tensor, weight: Tensor, padding: int) -> tuple[Tenso
     return nhwc(dx), dweight
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("s", SIZES, ids=IDS)
+@sizes_and_kinds(SIZES, WGMMA_SIZES, used_forward)
 def test_conv_relu_max_pool_whole_numbers(forward: cuda_emulator.Kernels, s: Size, kind: str) -> None:
     """Many ties: the first maximum is the one that counts."""
     k = KINDS[kind]
@@ -226,13 +307,12 @@ def test_conv_relu_max_pool_whole_numbers(forward: cuda_emulator.Kernels, s: Siz
     equal(argmax, nhwc(places // s.Q % 2 * 2 + places % s.Q % 2), "argmax")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("s", SIZES, ids=IDS)
+@sizes_and_kinds(SIZES, WGMMA_SIZES, used_backward)
 def test_conv_relu_backward_whole_numbers(backward: cuda_emulator.Kernels, s: Size, kind: str) -> None:
     check_backward_whole_numbers(backward, s, kind, MULTIPROCESSORS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
 def test_filter_gradient_in_several_splits_of_several_tiles(
     backward: cuda_emulator.Kernels, kind: str
 ) -> None:
@@ -259,8 +339,7 @@ def check_backward_whole_numbers(
     equal(dbias, g.sum((0, 1, 2)), "dbias")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("s", SIZES, ids=IDS)
+@sizes_and_kinds(SIZES, WGMMA_SIZES, used_backward)
 def test_conv_relu_max_pool_backward_whole_numbers(
     backward: cuda_emulator.Kernels, s: Size, kind: str
 ) -> None:
@@ -309,8 +388,7 @@ def test_a_filter_is_kept_where_the_multiprocessor_has_room(
     close(found[0][1], nhwc(F.relu(exact)), 9 * s.C, "y")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("s", [SIZES[3], SIZES[5], SIZES[7]], ids=str)
+@sizes_and_kinds([SIZES[3], SIZES[5], SIZES[7]], WGMMA_SIZES[2:3], used)
 def test_random_numbers(
     forward: cuda_emulator.Kernels, backward: cuda_emulator.Kernels, s: Size, kind: str
 ) -> None:
@@ -338,8 +416,7 @@ def test_random_numbers(
     close(dbias, g.sum((0, 1, 2)), s.N * s.P * s.Q, "dbias")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("s", [SIZES[1], *SIZES[3:6], *SIZES[8:]], ids=str)
+@sizes_and_kinds([SIZES[1], *SIZES[3:6], *SIZES[8:]], WGMMA_SIZES, used)
 def test_conv_bn_relu_train(batch_norm: cuda_emulator.Kernels, s: Size, kind: str) -> None:
     """The mean is large against the deviation; one channel is constant."""
     k, eps = KINDS[kind], 1e-3
@@ -412,6 +489,17 @@ HEADS = [
     Head(Size(1, 9, 10, 5, 40, 0), 66, 1),  # a wide tile
     Head(Size(2, 5, 4, 8, 7, 1), 5, 0),
 ]
+WGMMA_HEADS = [
+    Head(Size(1, 9, 10, 5, 40, 0), 130, 1),  # wide tiles; backward a filter of 180 KB
+    Head(Size(1, 10, 12, 5, 66, 1), 34, 0),  # of 108 KB; backward a wide tile
+]
+HEADS_AND_KINDS = [(head, kind) for head in HEADS for kind in PLAIN_KINDS]
+HEADS_AND_KINDS += [
+    (head, name)
+    for head in (*HEADS, *WGMMA_HEADS)
+    for name, kind in KINDS.items()
+    if kind.wgmma and (used(head.first, kind) or used(head.second, kind))
+]
 
 
 def second_of_head(
@@ -427,9 +515,10 @@ def second_of_head(
     return argmax
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pool", [False, True], ids=["whole", "pooled"])
-@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize(
+    ("head", "kind"), HEADS_AND_KINDS, ids=[f"{head}-{kind}" for head, kind in HEADS_AND_KINDS]
+)
 def test_conv_bn_relu_conv_relu(
     forward: cuda_emulator.Kernels,
     backward: cuda_emulator.Kernels,
@@ -526,8 +615,7 @@ def test_conv_bn_relu_conv_relu(
 
 
 @pytest.mark.parametrize("order", cuda_emulator.ORDERS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("s", [Size(2, 12, 21, 33, 34, 1), Size(2, 17, 21, 3, 34, 1)], ids=str)
+@sizes_and_kinds([Size(2, 12, 21, 33, 34, 1), Size(2, 17, 21, 3, 34, 1)], [Size(1, 9, 13, 40, 66, 1)], used)
 def test_same_bits_in_any_order(
     backward: cuda_emulator.Kernels,
     batch_norm: cuda_emulator.Kernels,
@@ -559,7 +647,7 @@ def test_same_bits_in_any_order(
 
 
 @pytest.mark.parametrize("order", cuda_emulator.ORDERS[1:])
-@pytest.mark.parametrize("kind", ["tf32", "bf16"])
+@pytest.mark.parametrize("kind", ["tf32", "bf16", "tf32-wgmma", "bf16-wgmma"])
 def test_a_head_gives_the_same_bits_in_any_order(
     fused: cuda_emulator.Kernels, kind: str, order: cuda_emulator.Order
 ) -> None:

@@ -14,13 +14,18 @@ import torch.nn.functional as F
 from cuda_emulator import Kernels, Output, Workspace
 from test_cuda_conv import (
     KINDS,
+    PLAIN_KINDS,
     Kind,
     Size,
     conv_call,
     gradients,
     nchw,
     nhwc,
+    sizes_and_kinds,
     unpool,
+    used,
+    used_backward,
+    used_forward,
     whole,
     windows,
     workspace,
@@ -31,6 +36,7 @@ pytestmark = pytest.mark.skipif(not cuda_emulator.has_compiler(), reason="there 
 
 # The halo tile with borders, and the kernels of pictures; tails in every dimension.
 SIZES = [Size(2, 9, 11, 20, 33, 1), Size(2, 12, 10, 3, 34, 0), Size(1, 8, 13, 2, 8, 1)]
+WGMMA_SIZES = [Size(2, 9, 11, 34, 20, 1)]  # backward
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +99,7 @@ def equal(ours: Tensor, exact: Tensor) -> bool:
 # ---- NaN and infinity ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("s", SIZES, ids=str)
+@sizes_and_kinds(SIZES, [], used_forward)
 def test_nan_and_infinity_come_out_where_they_must(forward: Kernels, s: Size, kind: str) -> None:
     """And nowhere else: as torch has it, ReLU keeps NaN, and of infinities of both signs comes NaN."""
     k = KINDS[kind]
@@ -111,8 +116,7 @@ def test_nan_and_infinity_come_out_where_they_must(forward: Kernels, s: Size, ki
     assert equal(y, exact.to(k.dtype))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("s", SIZES, ids=str)
+@sizes_and_kinds(SIZES, [], used_forward)
 def test_a_pool_takes_nan_before_all_and_infinity_before_numbers(
     forward: Kernels, s: Size, kind: str
 ) -> None:
@@ -135,9 +139,8 @@ def test_a_pool_takes_nan_before_all_and_infinity_before_numbers(
         assert not same[argmax > place].any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pool", [False, True], ids=["whole", "pooled"])
-@pytest.mark.parametrize("s", SIZES, ids=str)
+@sizes_and_kinds(SIZES, WGMMA_SIZES, used_backward)
 def test_nan_and_infinity_in_gradients(backward: Kernels, s: Size, pool: bool, kind: str) -> None:
     k = KINDS[kind]
     x, weight = whole(s.N, s.H, s.W, s.C), whole(s.K, s.C, 3, 3)
@@ -167,7 +170,7 @@ def test_nan_and_infinity_in_gradients(backward: Kernels, s: Size, pool: bool, k
     assert equal(dbias, g.sum((0, 1, 2)).float())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLAIN_KINDS)
 def test_infinity_in_a_picture_stays_infinity_in_the_gradient(backward: Kernels, kind: str) -> None:
     """Of a tile's first pixel, whose window stands in for those of pixels past the picture: they must not count, not
     even as zero times infinity."""
@@ -185,8 +188,7 @@ def test_infinity_in_a_picture_stays_infinity_in_the_gradient(backward: Kernels,
 # ---- any address ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("s", [Size(1, 9, 11, 32, 64, 1), SIZES[1]], ids=str)
+@sizes_and_kinds([Size(1, 9, 11, 32, 64, 1), SIZES[1]], [Size(1, 9, 11, 40, 8, 1)], used)
 def test_tensors_may_lie_anywhere(forward: Kernels, backward: Kernels, s: Size, kind: str) -> None:
     """Channels are whole packets, so that it is the address alone that forbids 16-byte accesses; each tensor in its
     turn, and all of them."""
@@ -214,9 +216,9 @@ def test_tensors_may_lie_anywhere(forward: Kernels, backward: Kernels, s: Size, 
             assert all(map(torch.equal, ours, exact))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_results_may_lie_anywhere(forward: Kernels, batch_norm: Kernels, kind: str) -> None:
-    k, s = KINDS[kind], Size(1, 9, 11, 16, 32, 1)
+@sizes_and_kinds([Size(1, 9, 11, 16, 32, 1)], [Size(1, 9, 11, 40, 40, 1)], used)
+def test_results_may_lie_anywhere(forward: Kernels, batch_norm: Kernels, s: Size, kind: str) -> None:
+    k = KINDS[kind]
     x, weight, vector = (
         torch.randn(s.N, s.H, s.W, s.C).to(k.dtype),
         torch.randn(s.K, s.C, 3, 3),

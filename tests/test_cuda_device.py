@@ -332,6 +332,31 @@ def test_errors_of_the_kernels_name_the_argument(device: str) -> None:
         raw(nhwc, weight, bias.to(device), 0, weight)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("shape", [(2, 30, 26, 64, 64), (1, 33, 35, 128, 64), (3, 25, 25, 128, 256)], ids=str)
+def test_wgmma_gives_what_mma_gives(
+    device: str, shape: tuple[int, ...], kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same products, whose float32 sums are rounded at other places."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("wgmma is for compute capability 9.0")
+    (N, H, W, C, K), (precision, dtype) = shape, kind
+    operands = [image(N, C, H, W).to(dtype), torch.randn(K, C, 3, 3) / (3 * C**0.5), torch.randn(K)]
+    found = []
+    for wgmma in ("0", "1"):
+        monkeypatch.setenv("MASKCORE_WGMMA", wgmma)
+        given = [operand.to(device).requires_grad_() for operand in operands]
+        y = ops.conv_relu(*given, 1, precision=precision)
+        # Where the ReLU may decide otherwise no gradient goes, whose upstream is the same for both.
+        decided = y.detach().float() > 0.1 * y.detach().float().max()
+        decided = decided if not found else found[0][-1]
+        y.backward(decided.to(dtype))
+        found.append([y.detach(), *(operand.grad for operand in given), decided])
+    for i, (mine, theirs) in enumerate(zip(found[1][:-1], found[0][:-1], strict=True)):
+        tolerance = 2.0**-9 if mine.dtype == torch.bfloat16 else 2e-6
+        assert_close(mine, theirs, tolerance, f"result {i}")
+
+
 def test_a_stream_is_followed(device: str) -> None:
     x = torch.rand(64, 1024).to(device)
     seed = torch.tensor([5], device=device)

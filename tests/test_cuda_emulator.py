@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import cuda_emulator
 import numpy as np
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.skipif(
     not cuda_emulator.has_compiler(), reason="the emulator needs g++, addr2line and nm"
 )
 
-WARP = 32
+WARP, WARPGROUP = 32, 128
 ELEMENTS = 256
 
 
@@ -45,9 +46,11 @@ def seeded() -> Kernels:
 # Instructions. ----------------------------------------------------------------------------------------------
 
 
-def fragments(matrix: NDArray[np.uint32], figure: ptx_fragments.Figure, elements: int) -> NDArray[np.uint32]:
+def fragments(
+    matrix: NDArray[np.uint32], figure: ptx_fragments.Figure, elements: int, lanes: int = WARP
+) -> NDArray[np.uint32]:
     """``[lane, element]``: what each lane holds of a matrix."""
-    held = np.zeros((WARP, elements), np.uint32)
+    held = np.zeros((lanes, elements), np.uint32)
     for row, entries in enumerate(figure):
         for column, (lane, element) in enumerate(entries):
             held[lane, element] = matrix[row, column]
@@ -73,12 +76,17 @@ def float_bits(x: NDArray[np.float32]) -> NDArray[np.uint32]:
         ptx_fragments.MMA_M16N8K16_B,
         ptx_fragments.LDMATRIX,
         ptx_fragments.LDMATRIX_TRANS,
+        ptx_fragments.WGMMA_M64K16_A,
+        ptx_fragments.WGMMA_M64K8_A,
+        ptx_fragments.wgmma_d(64),
+        ptx_fragments.wgmma_d(128),
     ],
 )
 def test_a_figure_has_every_element_once(figure: ptx_fragments.Figure) -> None:
     entries = [entry for row in figure for entry in row]
-    each = len(entries) // WARP
-    assert sorted(entries) == [(lane, element) for lane in range(WARP) for element in range(each)]
+    lanes = WARPGROUP if len(figure) == 64 else WARP
+    each = len(entries) // lanes
+    assert sorted(entries) == [(lane, element) for lane in range(lanes) for element in range(each)]
 
 
 def test_the_figures_agree_with_the_formulas_beside_them() -> None:
@@ -91,6 +99,28 @@ def test_the_figures_agree_with_the_formulas_beside_them() -> None:
         for column, (lane, i) in enumerate(entries):
             assert row == (lane >> 2 if 0 <= i < 2 or 4 <= i < 6 else (lane >> 2) + 8)
             assert column == (lane % 4 * 2 + (i & 1) if i < 4 else lane % 4 * 2 + (i & 1) + 8)
+
+
+def test_a_warpgroup_has_the_fragments_of_four_warps() -> None:
+    """16 rows each; of D, eight columns beside another."""
+    for figure, of_mma in (
+        (ptx_fragments.WGMMA_M64K16_A, ptx_fragments.MMA_M16N8K16_A),
+        (ptx_fragments.WGMMA_M64K8_A, ptx_fragments.MMA_M16N8K8_A),
+    ):
+        for row, entries in enumerate(figure):
+            warp = row // 16 * WARP
+            assert entries == [(warp + lane, element) for lane, element in of_mma[row % 16]]
+    for row, entries in enumerate(ptx_fragments.wgmma_d(128)):
+        for column, (thread, element) in enumerate(entries):
+            lane, of_eight = ptx_fragments.MMA_M16N8_D[row % 16][column % 8]
+            assert (thread, element) == (row // 16 * WARP + lane, column // 8 * 4 + of_eight)
+
+
+def test_the_swizzled_rows_agree_with_the_formula() -> None:
+    for row in range(32):
+        for chunk in range(4):
+            place = ptx_fragments.chunk_place(row, chunk, stride=512)
+            assert place == ptx_fragments.swizzle(row * 64 + chunk * 16, bits=2, base=4, shift=3)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -115,6 +145,81 @@ def test_mma_bf16(instructions: Kernels, order: Order) -> None:
     held_b = pairs(fragments(float_bits(b) >> np.uint32(16), ptx_fragments.MMA_M16N8K16_B, 4))
     instructions.run("launch_mma_bf16", held_a, held_b, d, order=order)
     np.testing.assert_array_equal(d, fragments(float_bits(a @ b + c), ptx_fragments.MMA_M16N8_D, 4))
+
+
+class Product(NamedTuple):
+    """A wgmma's types."""
+
+    of_bf16: bool
+    depth: int
+    figure: ptx_fragments.Figure
+
+    def chunks(self, b: NDArray[np.float32]) -> NDArray[np.uint32]:
+        """Rows' words, by 16 bytes: of bfloat16 two a word; of TF32 with low bits that are not looked at."""
+        bits = float_bits(b)
+        if self.of_bf16:
+            bits = bits[:, 0::2] >> np.uint32(16) | bits[:, 1::2]
+        else:
+            bits = bits | np.random.default_rng(1).integers(0, 1 << 13, bits.shape).astype(np.uint32)
+        return bits.reshape(len(b), -1, 4)
+
+    def fragments(self, a: NDArray[np.float32]) -> NDArray[np.uint32]:
+        bits = float_bits(a)
+        if self.of_bf16:
+            return pairs(fragments(bits >> np.uint32(16), self.figure, 8, WARPGROUP))
+        noise = np.random.default_rng(2).integers(0, 1 << 13, (WARPGROUP, 4)).astype(np.uint32)
+        return fragments(bits, self.figure, 4, WARPGROUP) | noise
+
+
+PRODUCTS = [Product(True, 16, ptx_fragments.WGMMA_M64K16_A), Product(False, 8, ptx_fragments.WGMMA_M64K8_A)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("product", PRODUCTS, ids=["bf16", "tf32"])
+@pytest.mark.parametrize(
+    ("columns", "groups", "stride"), [(64, 1, 512), (128, 1, 512), (64, 2, 512), (128, 2, 512), (64, 2, 1536)]
+)
+def test_wgmma(
+    instructions: Kernels, columns: int, groups: int, stride: int, product: Product, order: Order
+) -> None:
+    """Two products on the same sums, of the two halves of b's rows; each warpgroup has its own a and b."""
+    rng = np.random.default_rng(0)
+    depth, figure = 2 * product.depth, ptx_fragments.wgmma_d(columns)
+    shapes = ((groups, 64, depth), (groups, columns, depth), (groups, 64, columns))
+    a, b, c = (rng.integers(-99, 100, shape).astype(np.float32) for shape in shapes)
+    begins = [group * columns // 8 * stride for group in range(groups)]
+    places = [
+        begin + ptx_fragments.chunk_place(row, chunk, stride)
+        for begin in begins
+        for row in range(columns)
+        for chunk in range(4)
+    ]
+    mode, unused = 2, 16
+    descriptors = [
+        ptx_fragments.matrix_descriptor(begin + half, unused, stride, 0, mode)
+        for begin in begins
+        for half in (0, 32)
+    ]
+    halves = a.reshape(groups, 64, 2, product.depth).transpose(2, 0, 1, 3)
+    held = np.array([[product.fragments(of_group) for of_group in half] for half in halves])
+    d = np.array([fragments(float_bits(of_group), figure, columns // 2, WARPGROUP) for of_group in c])
+    chunks = np.concatenate([product.chunks(of_group) for of_group in b])
+    memory = (held, chunks, np.array(places, np.int32), len(places), np.array(descriptors, np.uint64), d)
+    instructions.run("launch_wgmma", *memory, columns, product.of_bf16, groups, order=order)
+    for group in range(groups):
+        exact = float_bits(a[group] @ b[group].T + c[group])
+        np.testing.assert_array_equal(d[group], fragments(exact, figure, columns // 2, WARPGROUP))
+
+
+def test_the_descriptor_of_swizzled_rows(instructions: Kernels) -> None:
+    """Of sixteen times eight rows, and of the second half of each."""
+    addresses, descriptors = np.zeros(32, np.uint32), np.zeros(32, np.uint64)
+    instructions.run("launch_descriptor", Output(addresses), Output(descriptors))
+    steps = [512 * (i // 2) + 32 * (i % 2) for i in range(32)]
+    assert (addresses - addresses[0]).tolist() == steps
+    assert addresses[0] % 512 == 0
+    made = [ptx_fragments.matrix_descriptor(int(address), 16, 512, 0, mode=2) for address in addresses]
+    assert descriptors.tolist() == made
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -365,6 +470,30 @@ SENTENCES = {
     "cp_async_past_the_end": "out of bounds: reads 16 bytes, 16 of them past the end of argument 0",
     "end_with_cp_async_in_flight": "ends with 1 cp.async in flight",
     "misaligned_ldmatrix": "misaligned: reads 16 bytes of dynamic shared memory .* not a multiple of 16",
+    "operand_without_its_fence": r"wgmma reads dynamic .*, which thread \(36,0,0\) wrote without a fence.proxy.async",
+    "operand_fence_behind_the_barrier": "wgmma reads dynamic shared memory .* wrote without a fence.proxy.async",
+    "operand_fence_before_its_copies": "wgmma reads dynamic shared memory .* wrote without a fence.proxy.async",
+    "no_barrier_before_wgmma": RACE_OR_NEVER_WRITTEN,
+    "no_wgmma_fence": "wgmma.k8.tf32 without a wgmma.fence behind the last write of its registers",
+    "fragment_loaded_behind_the_fence": "wgmma.k8.tf32 without a wgmma.fence behind the last write of its registers",
+    "fragment_made_behind_the_fence": "wgmma.k8.tf32 without a wgmma.fence behind the last write of its registers",
+    "sums_made_behind_the_fence": "wgmma.k8.tf32 without a wgmma.fence behind the last write of its registers",
+    "sums_written_in_flight": "sums of a wgmma in flight were written: no wgmma.wait_group has ended it",
+    "sums_written_between_two_products": "sums of a wgmma in flight were written: no wgmma.wait_group has ended it",
+    "fragment_written_in_flight": "fragments of a wgmma in flight were written: no wgmma.wait_group has ended it",
+    "operand_written_in_flight": "writes dynamic shared memory .*, which a wgmma in flight still reads",
+    "copy_into_an_operand_in_flight": "copies with cp.async to dynamic .*, which a wgmma in flight still reads",
+    "operand_written_behind_its_own_wait": "race: writes dynamic .* read with no barrier|a wgmma in flight still reads",
+    "wgmma_wait_for_one_too_few": "fragments of a wgmma in flight were written",
+    "wgmma_without_a_commit": "ends with 1 wgmmas in flight",
+    "end_with_wgmma_in_flight": "ends with 1 wgmmas in flight",
+    "warp_without_its_wgmma": r"block \(0,0,0\): warp 2 issued 0 of its warpgroup's 1 wgmmas",
+    "warpgroup_without_its_last_warp": "wgmma by a warpgroup of 3 warps",
+    "wgmma_in_a_branch": r"warp divergence: .* waits at wgmma.k8.tf32 .*, thread \(70,0,0\) waits at wgmma.wait_group",
+    "warps_with_different_descriptors": "the warps of a warpgroup issue different ones",
+    "lanes_with_different_descriptors": "wgmma: lanes 0 and 9 have different descriptors",
+    "rows_amid_a_swizzle": "wgmma: rows that do not begin at a multiple of 512 bytes",
+    "rows_past_the_end_of_shared_memory": "out of bounds: reads 16 bytes at byte 4096 of the block's 4096 bytes",
     "blocks_write_one_place": "race of blocks: writes argument 1 .* another block of this launch wrote",
     "block_reads_what_another_wrote": "race of blocks|which nothing has written",
     "block_writes_what_another_read": "race of blocks: (writes|reads) argument 1 .* another block of this launch",
@@ -393,7 +522,15 @@ def test_its_right_twin_passes(seeded: Kernels, kernel: str, order: Order) -> No
 
 def test_every_seeded_kernel_has_its_sentence(seeded: Kernels) -> None:
     kernels = {name.removeprefix("launch_") for name in seeded.launchers if name.startswith("launch_")}
-    assert kernels == {*SENTENCES, "swapped_fragment_index"}
+    assert kernels == {*SENTENCES, "swapped_fragment_index", "sums_read_before_the_wait"}
+
+
+def test_sums_read_before_the_wait_are_not_there(seeded: Kernels) -> None:
+    for order in ORDERS:
+        _, y = seeded_run(seeded, "sums_read_before_the_wait", False, order)
+        assert y[:WARPGROUP].isfinite().all()
+        _, y = seeded_run(seeded, "sums_read_before_the_wait", True, order)
+        assert y[:WARPGROUP].isnan().all()
 
 
 def test_a_swapped_fragment_index_gives_another_product(seeded: Kernels) -> None:

@@ -56,6 +56,7 @@ def compiled(kernels: Path) -> Path:
         flags = ["-std=c++20", "-O0", "-fPIC", "-shared", f"-I{HERE}", f"-I{CSRC}"]
         flags += [flag for path in include_paths() for flag in ("-isystem", path)]
         flags += ["-DMASKCORE_CUDA_EMULATION", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020B000000000000"]
+        flags += ["-DMASKCORE_BUILT_FOR_SM90A"]
         libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
         subprocess.run(["g++", *flags, source, kernels, *libraries, "-ltorch_cpu", "-o", partial], check=True)
         source.unlink()
@@ -73,9 +74,11 @@ class Device:
         torch.ops.load_library(str(library))
         self.operators = getattr(torch.ops, NAME)
         self.launches = 0
+        self.kernel = 0  # the one launched last
 
-        def launched(*_: Any) -> None:
+        def launched(kernel: int, *_: Any) -> None:
             self.launches += 1
+            self.kernel = kernel
 
         size = ctypes.c_uint
         self.told = ctypes.CFUNCTYPE(None, ctypes.c_void_p, size, size, size, size, ctypes.c_size_t)(launched)
@@ -231,6 +234,27 @@ def test_a_gpu_that_is_too_old_is_named(device: Device, i: int) -> None:
             device.call(CASES[i].name, *CASES[i].arguments())
     finally:
         device.library.meta_device_set_capability(80)
+
+
+def test_hoppers_own_products_are_for_hopper(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And left out where MASKCORE_WGMMA is 0: then it launches what every other GPU does."""
+
+    def kernel(capability: int, wanted: str) -> int:
+        monkeypatch.setenv("MASKCORE_WGMMA", wanted)
+        device.library.meta_device_set_capability(capability)
+        try:
+            x, weight = meta(1, 8, 8, 64, dtype=torch.bfloat16), meta(64, 64, 3, 3)
+            device.call("conv_relu", x, weight, meta(64), 1, None, "bf16")
+        finally:
+            device.library.meta_device_set_capability(80)
+        return device.kernel
+
+    own = kernel(90, "")
+    assert kernel(90, "1") == own
+    assert all(kernel(capability, "1") == kernel(80, "") != own for capability in (80, 86, 89, 100, 120))
+    assert kernel(90, "0") == kernel(80, "")
+    with pytest.raises(RuntimeError, match="MASKCORE_WGMMA must be 0 or 1, is yes"):
+        kernel(90, "yes")
 
 
 IMAGE, WEIGHT, BIAS = meta(1, 8, 8, 5), meta(6, 5, 3, 3), meta(6)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -17,7 +17,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_emulator import ORDERS, Fault, Kernels, Order, Output, Replacement
-from test_cuda_conv import KINDS, SMALL, Size, conv_call, equal, nchw, nhwc, whole, workspace
+from test_cuda_conv import (
+    KINDS,
+    SMALL,
+    Kind,
+    Size,
+    close,
+    conv_call,
+    equal,
+    nchw,
+    nhwc,
+    whole,
+    workspace,
+)
 from torch.nn.grad import conv2d_weight
 
 pytestmark = pytest.mark.skipif(not cuda_emulator.has_compiler(), reason="there is no C++ compiler")
@@ -35,6 +47,20 @@ def only(types: str) -> tuple[Replacement, ...]:
 
 TF32 = only("float, Tf32")
 BF16 = only("bf16, Bf16")
+# And no kernels but those with wgmma, and what they share with the others.
+WGMMA_ALONE = (
+    *TF32,
+    Replacement(
+        "conv_dispatch.cuh",
+        "  return convolve_halo_tile<Math>(call, s, weight, turned, conv, stream);\n",
+        "  return cudaErrorInvalidValue;\n",
+    ),
+    Replacement(
+        "conv_dispatch.cuh",
+        "    return convolve_first_layer<Math>(call, call.size, source, epilogue, weight, stream);\n",
+        "    return cudaErrorInvalidValue;\n",
+    ),
+)
 
 # Blocks of the wide tile with two slabs, and of the narrow one that go through several tiles each; tails in
 # every dimension, borders inside and outside of the last image.
@@ -47,8 +73,17 @@ PICTURES = Size(2, 24, 32, 3, 30, 1)
 MIDDLE = Size(1, 9, 15, 20, 34, 1)
 
 
-def run_forward(kernels: Kernels, s: Size, order: Order) -> None:
-    kind = KINDS["tf32"]
+# In TF32: three wide tiles of two slabs, filters of 36, 108 and 180 KB. Of the first of these a block has three tiles
+# or more, one after the other; of the second two blocks' worth and an odd one.
+WGMMA_SIZES = (
+    Size(1, 13, 21, 20, 65, 1),
+    Size(1, 20, 30, 12, 34, 1),
+    Size(1, 13, 21, 34, 34, 1),
+    Size(1, 7, 9, 66, 34, 0),
+)
+
+
+def run_forward(kernels: Kernels, s: Size, order: Order, kind: Kind = KINDS["tf32"]) -> None:
     x, weight, bias = whole(s.N, s.H, s.W, s.C), whole(s.K, s.C, 3, 3), whole(s.K)
     y = torch.empty(s.N, s.P, s.Q, s.K)
     call = conv_call(s, kind, SMALL)
@@ -56,6 +91,28 @@ def run_forward(kernels: Kernels, s: Size, order: Order) -> None:
     arguments = (call, x.float(), weight.float(), bias.float(), Output(y), room)
     kernels.run("launch_conv_relu", *arguments, order=order)
     equal(y, nhwc(F.relu(F.conv2d(nchw(x), weight, bias, padding=s.padding))), "y")
+
+
+def run_wgmma(kernels: Kernels, s: Size, order: Order) -> None:
+    run_forward(kernels, s, order, KINDS["tf32-wgmma"])
+
+
+def run_statistics(kernels: Kernels, s: Size, order: Order) -> None:
+    """Of a batch norm, from the sums of the convolution's tiles."""
+    x, weight = whole(s.N, s.H, s.W, s.C), whole(s.K, s.C, 3, 3)
+    y, z, mean, var = torch.empty(2, s.N, s.P, s.Q, s.K).unbind() + torch.empty(2, s.K).unbind()
+    call = conv_call(s, KINDS["tf32-wgmma"])
+    room = workspace(kernels, "conv_bn_relu_train_workspace_bytes", call)
+    vectors = (torch.zeros(s.K), torch.ones(s.K), torch.zeros(s.K), 1e-3)
+    outputs = (Output(y), Output(z), Output(mean), Output(var))
+    kernels.run(
+        "launch_conv_bn_relu_train", call, x.float(), weight.float(), *vectors, *outputs, room, order=order
+    )
+    exact = nhwc(F.conv2d(nchw(x), weight, padding=s.padding))
+    equal(z, exact, "z")
+    variance, average = torch.var_mean(exact, (0, 1, 2), correction=0)
+    close(mean, average, 9 * s.C, "mean")
+    close(var, variance, 9 * s.C, "var", magnitude=float(exact.abs().max()) ** 2)
 
 
 def run_backward(kernels: Kernels, s: Size, order: Order) -> None:
@@ -177,8 +234,86 @@ BACKWARD = [
 ]  # fmt: skip
 
 
+WGMMA = "conv_halo_wgmma.cuh"
+READ_IN_FLIGHT = "which a wgmma in flight still reads"
+UNFENCED = "wrote without a fence.proxy.async behind it"
+
+OF_WGMMA = [
+    Seeded("no_operand_fence", WGMMA, "          wgmma_operand_fence();\n", "", UNFENCED),
+    Seeded("operand_fence_behind_the_barrier", WGMMA,
+           "          wgmma_operand_fence();\n          __syncthreads();\n",
+           "          __syncthreads();\n          wgmma_operand_fence();\n", UNFENCED),
+    Seeded("no_barrier_before_a_step", WGMMA,
+           "          wgmma_operand_fence();\n          __syncthreads();\n", "          wgmma_operand_fence();\n",
+           f"race: |{IN_FLIGHT}|{READ_IN_FLIGHT}|{UNFENCED}|which nothing has written"),
+    Seeded("no_barrier_before_the_sums_are_staged", WGMMA,
+           "    __syncthreads();                      // the others may still read", "    // the others may still read",
+           f"race: |{READ_IN_FLIGHT}"),
+    Seeded("no_wait_group", WGMMA,
+           "          cp_async_wait<Tile::kResident ? 0 : Tile::kAhead - 1>();\n", "", IN_FLIGHT),
+    Seeded("wait_group_for_one_too_few", WGMMA,
+           "cp_async_wait<Tile::kResident ? 0 : Tile::kAhead - 1>", "cp_async_wait<Tile::kResident ? 0 : Tile::kAhead>",
+           IN_FLIGHT),
+    Seeded("no_commit", WGMMA,
+           "        if (!Tile::kResident || tap < Tile::kItems) cp_async_commit();\n", "", IN_FLIGHT),
+    Seeded("no_wgmma_fence", WGMMA, "        wgmma_fence();\n", "", "without a wgmma.fence"),
+    Seeded("no_wgmma_commit", WGMMA, "        wgmma_commit();\n", "", "in flight"),
+    Seeded("no_wait_in_a_step", WGMMA, "          wgmma_wait<1>();\n", "",
+           f"of a wgmma in flight were written|{READ_IN_FLIGHT}"),
+    Seeded("wait_in_a_step_for_one_too_few", WGMMA, "          wgmma_wait<1>();\n", "          wgmma_wait<2>();\n",
+           f"of a wgmma in flight were written|{READ_IN_FLIGHT}"),
+    Seeded("one_set_of_fragments", WGMMA, "fragments[tap % 2]", "fragments[0]",
+           "fragments of a wgmma in flight were written"),
+    Seeded("no_wait_for_the_sums", WGMMA, "          wgmma_wait_for(acc);\n", "          wgmma_wait<1>();\n",
+           f"of a wgmma in flight were written|{READ_IN_FLIGHT}|ends with . wgmmas in flight|{WRONG_RESULT}"),
+    Seeded("filter_into_the_slot_in_use", WGMMA, "(step + Tile::kAhead) % Tile::kStages", "step % Tile::kStages",
+           f"race: |{READ_IN_FLIGHT}|{IN_FLIGHT}"),
+    Seeded("filter_into_the_slot_in_flight", WGMMA,
+           "(step + Tile::kAhead) % Tile::kStages", "(step + 3) % Tile::kStages",
+           f"race: |{READ_IN_FLIGHT}|{IN_FLIGHT}"),
+    Seeded("one_stage_too_few", WGMMA, "kStages = 4, kAhead = kStages - 2", "kStages = 3, kAhead = kStages - 1",
+           READ_IN_FLIGHT),
+    Seeded("filter_not_swizzled", WGMMA,
+           "slot * Tile::kTapBytes + swizzled(thread / kRowChunks, thread % kRowChunks);",
+           "slot * Tile::kTapBytes + thread * 16;", WRONG_RESULT),
+    Seeded("quarter_of_a_row_further", WGMMA, "(filter + 32 * i)", "(filter + 16 * i)", WRONG_RESULT),
+    Seeded("rows_of_the_wrong_half", WGMMA, "2 * i + (lane >> 4)", "2 * i + (lane >> 3 & 1)", WRONG_RESULT),
+    Seeded("row_of_windows_one_pixel_right", WGMMA, "tap / 3 * tiling.pitch", "tap / 3 * (tiling.pitch + 1)",
+           f"which nothing has written|{WRONG_RESULT}"),
+    Seeded("first_tap_left_out", WGMMA,
+           "for (int tap = 0; tap < kTaps; ++tap) {", "for (int tap = 1; tap < kTaps; ++tap) {",
+           f"{IN_FLIGHT}|{WRONG_RESULT}|{UNFENCED}|which nothing has written|race: "),
+    Seeded("sums_staged_over_the_next_patch", WGMMA,
+           "patches + (kPatchBytes - patch) + warp * kStageBytes", "patches + patch + warp * kStageBytes",
+           f"race: |{IN_FLIGHT}|{WRONG_RESULT}"),
+    Seeded("position_after_the_next_not_stored", WGMMA,
+           "      tiling.store_position(tile + 2 * stride, positions + turn, k_now);\n", "",
+           f"nothing wrote element|{WRONG_RESULT}"),
+    Seeded("position_of_the_next_stored_again", WGMMA, "tile + 2 * stride", "tile + stride",
+           f"nothing wrote element|{WRONG_RESULT}"),
+    Seeded("next_patch_by_this_position", WGMMA,
+           "load_turn = next_tile ? turn ^ 1 : turn;", "load_turn = turn;", WRONG_RESULT),
+    Seeded("last_tile_of_the_other_half", WGMMA, "tile - of_block + stride >=", "tile + stride >=",
+           f"barrier divergence|{WRONG_RESULT}"),
+]  # fmt: skip
+
+OF_STATISTICS = [
+    Seeded("moments_of_a_tile_past_the_last", WGMMA, "      if (tile < tiling.tiles)\n", "",
+           "race of blocks: |race: |out of bounds"),
+    Seeded("no_barrier_before_the_moments", WGMMA,
+           "    if constexpr (Epilogue::kStatistics) {\n      __syncthreads();\n",
+           "    if constexpr (Epilogue::kStatistics) {\n", "race: |which nothing has written"),
+    Seeded("records_over_another_warps", WGMMA,
+           "records + warp * 3 * Tile::kTileN", "records + warp * 2 * Tile::kTileN", "race: "),
+]  # fmt: skip
+
+
 def seeded_kernels(seeded: Seeded) -> Kernels:
     change = Replacement(seeded.file, seeded.old, seeded.new)
+    if seeded in OF_WGMMA:
+        return cuda_emulator.build("conv_relu_cuda.cu", replacements=[*WGMMA_ALONE, change])
+    if seeded in OF_STATISTICS:
+        return cuda_emulator.build("conv_bn_relu_cuda.cu", replacements=[*WGMMA_ALONE, change])
     if seeded in FORWARD:
         return cuda_emulator.build("conv_relu_cuda.cu", replacements=[*TF32, change])
     return cuda_emulator.build("conv_relu_backward_cuda.cu", replacements=[*BF16, change])
@@ -193,9 +328,14 @@ def _compiled_together(request: pytest.FixtureRequest) -> None:
         list(pool.map(seeded_kernels, [seeded for seeded in chosen if isinstance(seeded, Seeded)]))
 
 
-def finding(run: Callable[[Kernels, Size, Order], None], kernels: Kernels, order: Order) -> str:
+def finding(
+    run: Callable[[Kernels, Size, Order], None],
+    kernels: Kernels,
+    order: Order,
+    sizes: Sequence[Size] = (WIDE, NARROW, ALONE, PICTURES, MIDDLE),
+) -> str:
     """What is found wrong at the first size that shows it."""
-    for size in (WIDE, NARROW, ALONE, PICTURES, MIDDLE):
+    for size in sizes:
         try:
             run(kernels, size, order)
         except (Fault, AssertionError) as fault:
@@ -208,6 +348,15 @@ def test_a_fault_in_the_forward_kernel_is_found(seeded: Seeded) -> None:
     kernels = seeded_kernels(seeded)
     for order in ORDERS:
         assert re.search(seeded.found_by, found := finding(run_forward, kernels, order)), f"{order}: {found}"
+
+
+@pytest.mark.parametrize("seeded", OF_WGMMA + OF_STATISTICS, ids=str)
+def test_a_fault_in_the_kernel_with_wgmma_is_found(seeded: Seeded) -> None:
+    kernels = seeded_kernels(seeded)
+    run = run_wgmma if seeded in OF_WGMMA else run_statistics
+    for order in ORDERS:
+        found = finding(run, kernels, order, WGMMA_SIZES)
+        assert re.search(seeded.found_by, found), f"{order}: {found}"
 
 
 @pytest.mark.parametrize("seeded", BACKWARD, ids=str)
@@ -223,3 +372,7 @@ def test_nothing_is_found_in_the_unchanged_kernels(order: Order) -> None:
     assert finding(run_forward, forward, order) == "nothing"
     backward = cuda_emulator.build("conv_relu_backward_cuda.cu", replacements=BF16)
     assert finding(run_backward, backward, order) == "nothing"
+    forward = cuda_emulator.build("conv_relu_cuda.cu", replacements=WGMMA_ALONE)
+    assert finding(run_wgmma, forward, order, WGMMA_SIZES) == "nothing"
+    batch_norm = cuda_emulator.build("conv_bn_relu_cuda.cu", replacements=WGMMA_ALONE)
+    assert finding(run_statistics, batch_norm, order, WGMMA_SIZES) == "nothing"

@@ -43,9 +43,19 @@ FORWARD = [
     Limit("conv_sources.cuh", "cp_async_16(", "global", "reads", 1.0),
     Limit("conv_sources.cuh", "cp_async_16(", "shared", "writes", 1.1),
 ]  # fmt: skip
+OF_WGMMA = [
+    Limit("conv_halo_wgmma.cuh", "ldmatrix_x4(a[i],", "shared", "reads", 1.01),
+    *(
+        limit._replace(file="conv_halo_wgmma.cuh") if limit.text.startswith("cp_async_16(to + i") else limit
+        for limit in FORWARD
+        if limit not in (PATCH, FILTER)
+    ),
+]
 # 30 windows of a tile of 10 x 12 pixels are 18 of the one kind and 12 of the other, of which there is room for 16.
 POOLED = [PATCH._replace(limit=1.13), FILTER]
+POOLED_OF_WGMMA = [OF_WGMMA[0]._replace(limit=1.13)]
 BACKWARD = [PATCH, FILTER]
+BACKWARD_OF_WGMMA = OF_WGMMA[:1]
 # Pixels that a tile lacks read the window of one that is read with them.
 GRADIENT = {
     "bf16": [Limit("conv_weight_gradient.cuh", "ldmatrix_x4_trans(b, rows);", "shared", "reads", 1.09)],
@@ -74,22 +84,29 @@ def check(traffic: list[Traffic], limits: list[Limit]) -> None:
         assert units <= limit * least, f"{file} {text!r} {verb} {space}: {units / least:.2f} times the least"
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("kind", ["tf32", "bf16"])
+LAYERS_AND_KINDS = [(layer, kind) for kind in ("tf32", "bf16") for layer in LAYERS]
+LAYERS_AND_KINDS += [
+    (layer, kind) for kind in ("tf32-wgmma", "bf16-wgmma") for layer in LAYERS if layer.K > 32
+]
+IDS = [f"{layer}-{kind}" for layer, kind in LAYERS_AND_KINDS]
+
+
+@pytest.mark.parametrize(("layer", "kind"), LAYERS_AND_KINDS, ids=IDS)
 def test_forward(forward: Kernels, layer: Size, kind: str) -> None:
     k, s, call = KINDS[kind], layer, conv_call(layer, KINDS[kind])
     x, weight, bias = whole(s.N, s.H, s.W, s.C).to(k.dtype), whole(s.K, s.C, 3, 3).float(), whole(s.K).float()
     room = workspace(forward, "conv_relu_workspace_bytes", call)
     y = Output(torch.empty(s.N, s.P, s.Q, s.K, dtype=k.dtype))
-    check(forward.run("launch_conv_relu", call, x, weight, bias, y, room, count_traffic=True), FORWARD)
+    found = forward.run("launch_conv_relu", call, x, weight, bias, y, room, count_traffic=True)
+    check(found, OF_WGMMA if k.wgmma else FORWARD)
     pooled = torch.empty(s.N, s.P // 2, s.Q // 2, s.K, dtype=k.dtype)
     outputs = (Output(pooled), Output(torch.empty(pooled.shape, dtype=torch.uint8)))
     arguments = (call, x, weight, bias, *outputs, room)
-    check(forward.run("launch_conv_relu_max_pool", *arguments, count_traffic=True), POOLED)
+    found = forward.run("launch_conv_relu_max_pool", *arguments, count_traffic=True)
+    check(found, POOLED_OF_WGMMA if k.wgmma else POOLED)
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("kind", ["tf32", "bf16"])
+@pytest.mark.parametrize(("layer", "kind"), LAYERS_AND_KINDS, ids=IDS)
 def test_backward(backward: Kernels, layer: Size, kind: str) -> None:
     k, s, call = KINDS[kind], layer, conv_call(layer, KINDS[kind])
     x, weight = whole(s.N, s.H, s.W, s.C).to(k.dtype), whole(s.K, s.C, 3, 3).float()
@@ -98,7 +115,7 @@ def test_backward(backward: Kernels, layer: Size, kind: str) -> None:
     outputs = map(Output, (torch.empty_like(x), torch.empty_like(weight), torch.empty(s.K)))
     arguments = (call, dy, x, weight, y, *outputs, room)
     found = backward.run("launch_conv_relu_backward", *arguments, count_traffic=True)
-    check(found, BACKWARD + GRADIENT[kind])
+    check(found, (BACKWARD_OF_WGMMA if k.wgmma else BACKWARD) + GRADIENT[k.precision])
 
 
 @pytest.mark.parametrize("height", BOUNDARIES)

@@ -336,6 +336,7 @@ class Kernels:
         self.path = library
         self.library = ctypes.CDLL(str(library))
         self.launchers = self._find_launchers()
+        self.names: dict[int, str] = {}  # kernels', by address
         emulator = self.emulator = ctypes.CDLL(str(runtime))
         emulator.cuda_emulator_take_fault.restype = ctypes.c_char_p
         emulator.cuda_emulator_accesses.restype = ctypes.c_ulonglong
@@ -459,10 +460,13 @@ class Kernels:
             raise LaunchError(f"{name} returned cudaError_t {error}")
         return found
 
+    @functools.cache  # noqa: B019 - libraries live as long as the process
     def _kernel_name(self, address: int) -> str:
         """A kernel's name as the demangler writes it, with its template's arguments."""
-        mangled = _run("addr2line", "-f", "-e", self.path, hex(address - self._base())).splitlines()[0]
-        return _run("c++filt", mangled).strip()
+        if address not in self.names:
+            mangled = _run("addr2line", "-f", "-e", self.path, hex(address - self._base())).splitlines()[0]
+            self.names[address] = _run("c++filt", mangled).strip()
+        return self.names[address]
 
     def accesses(self) -> int:
         """Memory accesses checked so far, of all libraries together."""

@@ -6,7 +6,8 @@
 // instead of a sanitizer's runtime. Every thread of a block is a fiber on one host thread; machine.cpp
 // switches between them at barriers and warp instructions, in one of four orders (forward, reverse, random by
 // seed, or one warp after the other), and runs one block after the other, in the same order. warp.cpp has the
-// warp instructions, with the fragment layouts of the PTX ISA; traffic.cpp counts bank conflicts and sectors.
+// warp instructions and warpgroup.cpp wgmma, with the fragment layouts of the PTX ISA; traffic.cpp counts
+// bank conflicts and sectors.
 //
 // What is detected, each with a sentence that names kernel, block, thread, address and source line:
 //  - an access outside of the tensors given to the kernel, of the block's shared memory, or of a local array;
@@ -17,6 +18,10 @@
 //  - a race: two threads of a block access a byte, one of them writes, and neither a barrier nor, within a
 //    warp, a __syncwarp lies between. Shuffles, votes and mma order no memory here, as CUDA promises none;
 //  - a race of two blocks: no block may read or write in global memory what another one writes in a launch;
+//  - a wgmma whose operand was written without a fence.proxy.async that a barrier follows, whose registers
+//    were without a wgmma.fence, or whose sums, fragments or operand are written before a wgmma.wait_group
+//    has ended it; its sums are NaN until then. Registers count as written where their values have changed;
+//  - warps of a warpgroup that issue different wgmmas, or fewer than four; lanes' different descriptors;
 //  - divergence: threads that end, or wait elsewhere, while others wait at a barrier or warp instruction;
 //    different masks; a shuffle from a lane that takes no part;
 //  - integer overflow, shifts by too much, division by zero.
@@ -26,8 +31,8 @@
 // blocks are refused as races. Local arrays may be read before they are written; static shared arrays of one
 // source file are one piece of memory, within which only an index beyond its own array is found. The tensor
 // core's sums are rounded once an instruction, from exact products; a GPU's last bits differ. Blocks may use
-// partial masks in shuffles and votes, but not in __syncwarp. Not there: clusters, TMA, wgmma, textures,
-// streams that overlap.
+// partial masks in shuffles and votes, but not in __syncwarp. Not there: clusters, TMA, operands of wgmma
+// other than a 64-byte swizzle's rows, textures, streams that overlap.
 #pragma once
 
 #include <algorithm>
@@ -168,6 +173,14 @@ void wait_async(int pending);
 void load_matrices(uint32_t* r, int matrices, bool transposed, const void* shared_row, Place place);
 void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Place place);
 void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Place place);
+
+uint32_t shared_window(const void* shared);  // its address there
+void fence_operands();
+void fence_warpgroup(Place place);
+void multiply_warpgroup(const char* instruction, float* d, int columns, const uint32_t (&a)[4],
+                        uint64_t descriptor, Place place);
+void commit_warpgroup(Place place);
+void wait_warpgroup(int pending, Place place);
 
 template <class T>
 T shuffled(Shuffle kind, uint32_t mask, T value, unsigned operand, int width, Place place) {
@@ -352,6 +365,23 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 }
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CALLED_HERE) {
   cuda_emulator::multiply_bf16(d, a, b, HERE);
+}
+
+inline uint32_t shared_address(const void* shared) { return cuda_emulator::shared_window(shared); }
+inline void wgmma_operand_fence() { cuda_emulator::fence_operands(); }
+inline void wgmma_fence(CALLED_HERE) { cuda_emulator::fence_warpgroup(HERE); }
+inline void wgmma_commit(CALLED_HERE) { cuda_emulator::commit_warpgroup(HERE); }
+template <int kPending>
+void wgmma_wait(CALLED_HERE) {
+  cuda_emulator::wait_warpgroup(kPending, HERE);
+}
+template <int NT>
+void wgmma_bf16(float (&d)[NT][4], const uint32_t (&a)[4], uint64_t b, CALLED_HERE) {
+  cuda_emulator::multiply_warpgroup("wgmma.k16.bf16", d[0], 8 * NT, a, b, HERE);
+}
+template <int NT>
+void wgmma_tf32(float (&d)[NT][4], const uint32_t (&a)[4], uint64_t b, CALLED_HERE) {
+  cuda_emulator::multiply_warpgroup("wgmma.k8.tf32", d[0], 8 * NT, a, b, HERE);
 }
 
 uint32_t to_tf32(float x);

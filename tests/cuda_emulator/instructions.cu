@@ -26,6 +26,43 @@ __global__ void mma_bf16_kernel(const uint32_t* a, const uint32_t* b, float* d) 
   for (unsigned i = 0; i < 4; ++i) d[lane * 4 + i] = fragment_d[i];
 }
 
+// Two products on the same sums. Of b, 16 bytes each go to the byte of shared memory that `places` says; a
+// warpgroup has its own two descriptors, of rows that begin at byte 0.
+template <int NT, bool kBf16>
+__global__ void wgmma_kernel(const uint32_t* a, const uint4* b, const int* places, int chunks,
+                             const uint64_t* descriptors, float* d) {
+  unsigned char* const s = dynamic_shared<unsigned char>();
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  for (int i = thread; i < chunks; i += threads) *reinterpret_cast<uint4*>(s + places[i]) = b[i];
+  wgmma_operand_fence();
+  __syncthreads();
+  uint32_t fragments[2][4];
+  float sums[NT][4];
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 4; ++j) fragments[i][j] = a[(i * threads + thread) * 4 + j];
+  }
+  for (int i = 0; i < 4 * NT; ++i) sums[i / 4][i % 4] = d[thread * 4 * NT + i];
+  wgmma_fence();
+  for (int i = 0; i < 2; ++i) {
+    const uint64_t descriptor = descriptors[thread / 128 * 2 + i] + (shared_address(s) >> 4);
+    if constexpr (kBf16) {
+      wgmma_bf16(sums, fragments[i], descriptor);
+    } else {
+      wgmma_tf32(sums, fragments[i], descriptor);
+    }
+  }
+  wgmma_commit();
+  wgmma_wait_for(sums);
+  for (int i = 0; i < 4 * NT; ++i) d[thread * 4 * NT + i] = sums[i / 4][i % 4];
+}
+
+__global__ void descriptor_kernel(uint32_t* addresses, uint64_t* descriptors) {
+  const unsigned char* const rows = dynamic_shared<unsigned char>() + threadIdx.x / 2 * 512;
+  const unsigned char* const step = rows + threadIdx.x % 2 * 32;
+  addresses[threadIdx.x] = shared_address(step);
+  descriptors[threadIdx.x] = wgmma_rows_of_64(step);
+}
+
 // Four 8 x 8 matrices, one under the other, whose rows lie 48 bytes apart in shared memory.
 __global__ void ldmatrix_kernel(const uint16_t* matrices, uint32_t* r, int count, bool transposed) {
   constexpr unsigned kPitch = 24;
@@ -214,6 +251,19 @@ cudaError_t launch_mma_tf32(const uint32_t* a, const uint32_t* b, float* d, cuda
 }
 cudaError_t launch_mma_bf16(const uint32_t* a, const uint32_t* b, float* d, cudaStream_t stream) {
   return launch(mma_bf16_kernel, 1, 32, 0, stream, a, b, d);
+}
+cudaError_t launch_wgmma(const uint32_t* a, const uint4* b, const int* places, int chunks,
+                         const uint64_t* descriptors, float* d, int columns, bool of_bf16, int groups,
+                         cudaStream_t stream) {
+  const auto with = [&](auto* kernel) {
+    return launch(kernel, 1, static_cast<unsigned>(128 * groups), 64 * 1024, stream, a, b, places, chunks,
+                  descriptors, d);
+  };
+  if (columns == 64) return with(of_bf16 ? wgmma_kernel<8, true> : wgmma_kernel<8, false>);
+  return with(of_bf16 ? wgmma_kernel<16, true> : wgmma_kernel<16, false>);
+}
+cudaError_t launch_descriptor(uint32_t* addresses, uint64_t* descriptors, cudaStream_t stream) {
+  return launch(descriptor_kernel, 1, 32, 16 * 512, stream, addresses, descriptors);
 }
 cudaError_t launch_ldmatrix(const uint16_t* matrices, uint32_t* r, int count, bool transposed,
                             cudaStream_t stream) {

@@ -113,6 +113,7 @@ void leave_thread() { change(threads[running.thread].context, machine.scheduler)
   for (;;) {
     machine.launch.body(machine.launch.call);
     end_thread_memory(machine.launch.kernel);
+    end_thread_warpgroup(machine.launch.kernel);
     const auto* low = reinterpret_cast<const uint64_t*>(stack_of(running.thread));
     if (*low != kUntouched)
       fault(machine.launch.kernel, "uses more than %zu KiB of local memory", kStackBytes / 1024);
@@ -207,6 +208,7 @@ void run_block(uint3 block) {
   clock_.block = clock_.barrier = ++clock_.now;
   std::fill(std::begin(clock_.warps), std::end(clock_.warps), clock_.now);
   begin_block_memory();
+  begin_block_warpgroups();
   const dim3 size = machine.launch.block;
   for (int i = 0; i < machine.block_threads; ++i) {
     const auto n = static_cast<unsigned>(i);
@@ -222,6 +224,7 @@ void run_block(uint3 block) {
       explain_divergence();
     }
   }
+  if (!machine.faulted) end_block_warpgroups(machine.block_threads);
   if (counts_traffic) end_traffic_interval(machine.block_threads);
 }
 
@@ -315,7 +318,10 @@ cudaError_t run(const Launch& launch) {
     if (machine.faulted) {
       // The fibers are left where they stand: each begins anew the next time.
       std::fill(std::begin(machine.begun), std::end(machine.begun), false);
-      for (Thread& thread : threads) thread.async = {};
+      for (Thread& thread : threads) {
+        thread.async = {};
+        thread.wgmmas = {};
+      }
       return finished(cudaErrorLaunchFailure);
     }
   }

@@ -1,6 +1,6 @@
 // What the parts of the emulator know of each other: the thread that runs, the clock that orders accesses,
 // and faults. machine.cpp runs threads, memory.cpp checks accesses, traffic.cpp counts them, warp.cpp has the
-// warp instructions.
+// warp instructions, warpgroup.cpp those of four warps.
 #pragma once
 
 #include <csetjmp>
@@ -27,6 +27,29 @@ struct AsyncCopies {
   std::vector<size_t> group_ends;
 };
 
+// One thread's wgmmas that no wait_group has ended: its registers of each, and where each committed group of
+// them ends; and the sums that it will see then.
+struct Wgmma {
+  float* d;
+  const uint32_t* a;
+  uint32_t held[4];  // the fragment as it was
+  uint64_t descriptor;
+  int columns;
+};
+struct WgmmaSums {
+  float* d;
+  std::vector<float> values;
+  int in_flight;
+};
+struct Wgmmas {
+  bool fenced = false;          // since the last commit and the last fragment loaded
+  std::vector<char> registers;  // the thread's local memory as it was at the last fence, and where it begins
+  uintptr_t registers_begin = 0;
+  std::vector<Wgmma> products;
+  std::vector<size_t> group_ends;
+  std::vector<WgmmaSums> sums;
+};
+
 enum class State { kReady, kAtBarrier, kAtWarpInstruction, kExited };
 
 struct Thread {
@@ -34,6 +57,7 @@ struct Thread {
   uint3 index;
   std::jmp_buf context;
   AsyncCopies async;
+  Wgmmas wgmmas;
   // Where and for whom it waits:
   const char* instruction;
   Place place;
@@ -76,6 +100,16 @@ void end_thread_memory(const void* code);
 // Checks that the running thread may read these bytes of shared memory, aligned to their number.
 void check_shared_read(const void* address, size_t bytes, const void* code);
 extern size_t shared_bytes_limit;
+// 16 bytes of shared memory, by their address in the shared window, read for a wgmma of the running thread's
+// warp: what was written there must be fenced for it. While pinned, nobody may write them.
+const void* read_by_wgmma(uint32_t address, const void* code);
+void pin_for_wgmma(uint32_t address);
+void unpin_for_wgmma(uint32_t address, const void* code);
+
+// warpgroup.cpp: before a block's first thread, at the end of one of them, behind the last.
+void begin_block_warpgroups();
+void end_thread_warpgroup(const void* code);
+void end_block_warpgroups(int block_threads);
 
 // traffic.cpp: while `counts_traffic`, accesses are recorded, and put together between two barriers.
 extern bool counts_traffic;

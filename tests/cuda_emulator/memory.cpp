@@ -73,9 +73,9 @@ struct Region {
 
 enum class Access { kRead, kWrite, kAtomic, kAsyncWrite, kArrival };
 
-// Dynamic shared memory lies amidst addresses that nothing else uses, 128 bytes past a multiple of 256: as
-// aligned as csrc/launch.cuh has it, and no more.
-constexpr size_t kArenaBytes = 2 << 20, kArenaOffset = (1 << 20) + 128;
+// Dynamic shared memory lies amidst addresses that nothing else uses, 1024 bytes past a multiple of 2048: as
+// aligned as csrc/launch.cuh has it, and no more. In the shared window, too, it begins there.
+constexpr size_t kArenaBytes = 2 << 20, kWindowOffset = 1024, kArenaOffset = (1 << 20) + kWindowOffset;
 constexpr unsigned char kUnknownByte = 0xff;  // a NaN in every floating-point type
 char* arena = nullptr;
 Region dynamic_shared{.space = Space::kShared, .name = "dynamic"};
@@ -94,6 +94,27 @@ std::vector<Range> constants;
 const void* constants_of = nullptr;
 
 uint64_t accesses = 0;
+
+// Of each word of dynamic shared memory: how many wgmmas in flight read it, who wrote it last, and how many
+// fences of operands had been before that. Of each thread: which its last one was, when, and which was the
+// last one in front of the barrier before that: other warps know of those in front of a barrier alone.
+struct Word {
+  uint16_t pins, writer;
+  uint32_t fences;
+};
+Word words[kMostSharedBytes / 4];
+struct Fences {
+  uint32_t latest, before_barrier;
+  uint64_t time;
+};
+uint32_t operand_fences = 0;
+Fences fences_of[kMaxThreads];
+
+uint32_t known_fence(int thread) {
+  const Fences& fences = fences_of[thread];
+  const bool is_ordered = thread / kWarp == running.warp || fences.time < clock_.barrier;
+  return is_ordered ? fences.latest : fences.before_barrier;
+}
 
 std::string described(const Region& region, uintptr_t address) {
   char text[160];
@@ -290,6 +311,17 @@ bool is_shared(const void* pointer) {
     fault(code, "%s %s, which is const", verb(access), described(*region, address).c_str());
   }
   access_region(*region, address, bytes, access, code);
+  if (access != Access::kRead && region == &dynamic_shared) {
+    const size_t first = (address - region->begin) / 4, last = (address - region->begin + bytes - 1) / 4;
+    for (size_t i = first; i <= last; ++i) {
+      if (words[i].pins != 0) {
+        fault(code, "%s %s, which a wgmma in flight still reads: no wgmma.wait_group has ended it",
+              verb(access), described(*region, address).c_str());
+      }
+      words[i].writer = static_cast<uint16_t>(running.thread);
+      words[i].fences = operand_fences;
+    }
+  }
   if (counts_traffic && access != Access::kArrival) {
     record_traffic(code, address, bytes, region->space == Space::kShared, access != Access::kRead);
   }
@@ -352,6 +384,7 @@ void begin_launch_memory(const Launch& launch) {
 }
 
 void begin_block_memory() {
+  std::fill_n(words, (dynamic_shared.bytes + 3) / 4, Word{});
   for (const Region* shared : {&dynamic_shared, &static_shared}) {
     std::memset(reinterpret_cast<void*>(shared->begin), kUnknownByte, shared->bytes);
   }
@@ -362,6 +395,46 @@ void* dynamic_shared_begin() { return reinterpret_cast<void*>(dynamic_shared.beg
 void check_shared_read(const void* address, size_t bytes, const void* code) {
   if (!is_shared(address)) fault(code, "ldmatrix of an address that is not in shared memory");
   access_memory(reinterpret_cast<uintptr_t>(address), bytes, bytes, Access::kRead, code);
+}
+
+uint32_t shared_window(const void* shared) {
+  if (!is_shared(shared)) fault(__builtin_return_address(0), "the shared address of global memory");
+  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(shared) - dynamic_shared.begin + kWindowOffset);
+}
+
+void fence_operands() {
+  Fences& mine = fences_of[running.thread];
+  if (mine.time < clock_.barrier) mine.before_barrier = mine.latest;
+  mine.latest = ++operand_fences;
+  mine.time = clock_.warps[running.warp];
+}
+
+const void* read_by_wgmma(uint32_t address, const void* code) {
+  const uintptr_t at = dynamic_shared.begin + address - kWindowOffset;
+  if (address < kWindowOffset || at + 16 > dynamic_shared.begin + dynamic_shared.bytes)
+    outside(at, 16, Access::kRead, code);
+  ++accesses;
+  access_region(dynamic_shared, at, 16, Access::kRead, code);
+  for (size_t i = (at - dynamic_shared.begin) / 4, end = i + 4; i < end; ++i) {
+    if (known_fence(words[i].writer) <= words[i].fences) {
+      fault(code, "wgmma reads %s, which %s wrote without a fence.proxy.async behind it",
+            described(dynamic_shared, at).c_str(), described_thread(words[i].writer).c_str());
+    }
+  }
+  return reinterpret_cast<const void*>(at);
+}
+
+static void pin(uint32_t address, int by) {
+  const size_t first = (address - kWindowOffset) / 4;
+  for (size_t i = first; i < first + 4; ++i) words[i].pins = static_cast<uint16_t>(words[i].pins + by);
+}
+
+void pin_for_wgmma(uint32_t address) { pin(address, 1); }
+
+// The read lasts until now: a barrier since its beginning orders nothing.
+void unpin_for_wgmma(uint32_t address, const void* code) {
+  pin(address, -1);
+  access_region(dynamic_shared, dynamic_shared.begin + address - kWindowOffset, 16, Access::kRead, code);
 }
 
 void atomic_access(const void* address, size_t bytes) {

@@ -1,4 +1,4 @@
-"""The PTX ISA's figures of matrix fragments, as its section "Matrix Fragments for mma" draws them.
+"""The PTX ISA's figures of matrix fragments, as its section "Matrix Fragments for mma" draws them, and of wgmma's.
 
 Each entry stands where the element stands in its matrix and reads ``lane:element`` of that lane's fragment.
 Written down from the document, not from the emulator: the tests hold the one against the other.
@@ -6,6 +6,7 @@ Written down from the document, not from the emulator: the tests hold the one ag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 Figure: TypeAlias = "list[list[tuple[int, int]]]"
@@ -149,3 +150,73 @@ LDMATRIX_TRANS = parsed(
  3:1  7:1 11:1 15:1 19:1 23:1 27:1 31:1
 """
 )
+
+# wgmma. Its figures have one warp's 16 rows under those of the warp before, and name threads of the warpgroup. Written
+# here by the place of a thread's i-th element, as CUTLASS' layouts give it too (cute/atom/mma_traits_sm90_gmma.hpp).
+
+
+def by_place(columns: int, elements: int, place: Callable[[int, int], tuple[int, int]]) -> Figure:
+    """The figure of 64 rows from the row and column of each thread's i-th element."""
+    figure: Figure = [[(-1, -1)] * columns for _ in range(64)]
+    for thread in range(128):
+        for i in range(elements):
+            row, column = place(thread, i)
+            figure[row][column] = (thread, i)
+    return figure
+
+
+# Matrix A, 64 x 16, of wgmma.mma_async.m64nNk16 with .bf16: elements a0..a7, two a register, the lower first.
+WGMMA_M64K16_A = by_place(
+    16,
+    8,
+    lambda thread, i: (
+        thread // 32 * 16 + thread % 32 // 4 + i // 2 % 2 * 8,
+        thread % 4 * 2 + i % 2 + i // 4 * 8,
+    ),
+)
+
+# Matrix A, 64 x 8, of wgmma.mma_async.m64nNk8 with .tf32: registers a0..a3.
+WGMMA_M64K8_A = by_place(
+    8, 4, lambda thread, i: (thread // 32 * 16 + thread % 32 // 4 + i % 2 * 8, thread % 4 + i // 2 * 4)
+)
+
+
+def wgmma_d(columns: int) -> Figure:
+    """Matrix D, 64 x N, of both: registers d0 to dW, W = N / 2 - 1."""
+    return by_place(
+        columns,
+        columns // 2,
+        lambda thread, i: (
+            thread // 32 * 16 + thread % 32 // 4 + i // 2 % 2 * 8,
+            i // 4 * 8 + thread % 4 * 2 + i % 2,
+        ),
+    )
+
+
+# K-major, 64-byte swizzling mode (figure 159): of each of eight rows of 64 bytes, the 16 bytes where its chunks lie.
+SWIZZLE_64 = [
+    [0, 1, 2, 3],
+    [0, 1, 2, 3],
+    [1, 0, 3, 2],
+    [1, 0, 3, 2],
+    [2, 3, 0, 1],
+    [2, 3, 0, 1],
+    [3, 2, 1, 0],
+    [3, 2, 1, 0],
+]
+
+
+def swizzle(offset: int, bits: int, base: int, shift: int) -> int:
+    """CuTe's Swizzle<bits, base, shift>, in which the document gives the canonical layouts: <2, 4, 3> in bytes."""
+    return offset ^ (offset >> shift & (1 << bits) - 1 << base)
+
+
+def chunk_place(row: int, chunk: int, stride: int) -> int:
+    """The byte where a row's 16-byte chunk lies, behind rows that begin at a multiple of 512."""
+    return row // 8 * stride + row % 8 * 64 + SWIZZLE_64[row % 8][chunk] * 16
+
+
+def matrix_descriptor(address: int, leading: int, stride: int, base_offset: int, mode: int) -> int:
+    """Its format: bits 0-13, 16-29, 32-45, 49-51 and 62-63."""
+    encoded = [(x & 0x3FFFF) >> 4 for x in (address, leading, stride)]
+    return encoded[0] | encoded[1] << 16 | encoded[2] << 32 | base_offset << 49 | mode << 62

@@ -355,6 +355,347 @@ __global__ void misaligned_ldmatrix(const float* x, float* y, bool faulty) {
   y[t] = __uint_as_float(r[0]);
 }
 
+// wgmma. By a warpgroup, on 64 rows of 64 bytes, whose last bytes are the last ones of shared memory. -----
+
+constexpr unsigned kGroup = 128;
+constexpr size_t kRowsBytes = 64 * 64;
+
+__device__ __forceinline__ void fill_rows(const float* x, float* s) {
+  for (unsigned i = threadIdx.x; i < kRowsBytes / sizeof(float); i += kGroup) s[i] = x[i % kElements];
+}
+
+__device__ __forceinline__ void make_rows(const float* x, float* s) {
+  fill_rows(x, s);
+  wgmma_operand_fence();
+  __syncthreads();
+}
+
+// A thread's registers, and the product that changes them.
+struct Registers {
+  float sums[8][4] = {};
+  uint32_t fragment[4];
+  __device__ __forceinline__ explicit Registers(const float* x)
+      : fragment{to_tf32(x[0]), to_tf32(x[1]), to_tf32(x[2]), to_tf32(x[3])} {}
+  __device__ __forceinline__ void start(const float* s) {
+    wgmma_tf32(sums, fragment, wgmma_rows_of_64(s));
+    wgmma_commit();
+  }
+};
+
+__global__ void operand_without_its_fence(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  fill_rows(x, s);
+  if (!faulty || threadIdx.x != 36) wgmma_operand_fence();
+  __syncthreads();
+  Registers r(x);
+  wgmma_fence();
+  r.start(s);
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+// Those of the other warps may have read by then.
+__global__ void operand_fence_behind_the_barrier(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  fill_rows(x, s);
+  if (!faulty) wgmma_operand_fence();
+  __syncthreads();
+  if (faulty) wgmma_operand_fence();
+  Registers r(x);
+  wgmma_fence();
+  r.start(s);
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void operand_fence_before_its_copies(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  for (unsigned i = 4 * threadIdx.x; i < kRowsBytes / sizeof(float); i += 4 * kGroup) {
+    cp_async_16(s + i, x + i % kElements);
+  }
+  cp_async_commit();
+  if (faulty) wgmma_operand_fence();
+  cp_async_wait<0>();
+  if (!faulty) wgmma_operand_fence();
+  __syncthreads();
+  Registers r(x);
+  wgmma_fence();
+  r.start(s);
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void no_barrier_before_wgmma(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  fill_rows(x, s);
+  wgmma_operand_fence();
+  if (faulty) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+  Registers r(x);
+  wgmma_fence();
+  r.start(s);
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void no_wgmma_fence(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  if (!faulty) wgmma_fence();
+  r.start(s);
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void fragment_loaded_behind_the_fence(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  if (faulty) wgmma_fence();
+  ldmatrix_x4(r.fragment, s + threadIdx.x % 32 * 4);
+  if (!faulty) wgmma_fence();
+  r.start(s);
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void fragment_made_behind_the_fence(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  if (faulty) wgmma_fence();
+  r.fragment[2] = to_tf32(x[5]);
+  if (!faulty) wgmma_fence();
+  r.start(s);
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void sums_made_behind_the_fence(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  if (faulty) wgmma_fence();
+  r.sums[7][1] = x[5];
+  if (!faulty) wgmma_fence();
+  r.start(s);
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void sums_read_before_the_wait(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  wgmma_fence();
+  r.start(s);
+  if (faulty) y[threadIdx.x] = r.sums[0][0];
+  wgmma_wait_for(r.sums);
+  if (!faulty) y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void sums_written_in_flight(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  wgmma_fence();
+  r.start(s);
+  if (faulty) r.sums[3][2] = 0.0f;
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[3][2];
+}
+
+__global__ void sums_written_between_two_products(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  wgmma_fence();
+  r.start(s);
+  if (!faulty) wgmma_wait<0>();
+  r.sums[3][2] = 0.0f;
+  wgmma_fence();
+  r.start(s);
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[3][2];
+}
+
+__global__ void fragment_written_in_flight(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  wgmma_fence();
+  r.start(s);
+  if (!faulty) wgmma_wait<0>();
+  r.fragment[3] = to_tf32(x[4]);
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0] + __uint_as_float(r.fragment[3]);
+}
+
+__global__ void operand_written_in_flight(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  wgmma_fence();
+  r.start(s);
+  if (!faulty) wgmma_wait<0>();
+  __syncthreads();
+  s[threadIdx.x] = 0.0f;
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void copy_into_an_operand_in_flight(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  wgmma_fence();
+  r.start(s);
+  if (!faulty) wgmma_wait<0>();
+  __syncthreads();
+  cp_async_16(s + 4 * threadIdx.x, x);
+  cp_async_commit();
+  cp_async_wait<0>();
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+// The writer's own product has ended; those of the other warps only after a barrier behind their waits, even
+// where they have come to these before.
+__global__ void operand_written_behind_its_own_wait(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  wgmma_fence();
+  r.start(s);
+  if (faulty) __syncthreads();
+  wgmma_wait_for(r.sums);
+  if (!faulty) __syncthreads();
+  if (threadIdx.x / 32 == 3) s[threadIdx.x] = 0.0f;
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void wgmma_wait_for_one_too_few(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x), other(x + 4);
+  wgmma_fence();
+  r.start(s);
+  wgmma_fence();
+  other.start(s);
+  if (faulty) {
+    wgmma_wait<2>();
+  } else {
+    wgmma_wait<1>();
+  }
+  r.fragment[0] = to_tf32(x[8]);
+  wgmma_wait_for(other.sums);
+  y[threadIdx.x] = r.sums[0][0] + other.sums[0][0] + __uint_as_float(r.fragment[0]);
+}
+
+__global__ void wgmma_without_a_commit(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  wgmma_fence();
+  wgmma_tf32(r.sums, r.fragment, wgmma_rows_of_64(s));
+  if (!faulty) wgmma_commit();
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void end_with_wgmma_in_flight(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  wgmma_fence();
+  r.start(s);
+  if (!faulty) wgmma_wait_for(r.sums);
+  y[threadIdx.x] = x[threadIdx.x];
+}
+
+__global__ void warp_without_its_wgmma(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  wgmma_fence();
+  if (!faulty || threadIdx.x / 32 != 2) r.start(s);
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+// Of three warps.
+__global__ void warpgroup_without_its_last_warp(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  for (unsigned i = threadIdx.x; i < kRowsBytes / sizeof(float); i += blockDim.x) s[i] = x[i % kElements];
+  wgmma_operand_fence();
+  __syncthreads();
+  Registers r(x);
+  if (faulty) {
+    wgmma_fence();
+    r.start(s);
+    wgmma_wait_for(r.sums);
+  }
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void wgmma_in_a_branch(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  wgmma_fence();
+  if (!faulty || threadIdx.x != 70) r.start(s);
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void warps_with_different_descriptors(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  wgmma_fence();
+  r.start(s + (faulty && threadIdx.x / 32 == 1 ? 8 : 0));
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void lanes_with_different_descriptors(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  wgmma_fence();
+  r.start(s + (faulty && threadIdx.x == 41 ? 8 : 0));
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+// 64 bytes behind a multiple of 512, or 512.
+__global__ void rows_amid_a_swizzle(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  s[kRowsBytes / sizeof(float) + threadIdx.x] = 0.0f;
+  wgmma_operand_fence();
+  __syncthreads();
+  Registers r(x);
+  wgmma_fence();
+  r.start(s + (faulty ? 16 : 128));
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void rows_past_the_end_of_shared_memory(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  make_rows(x, s);
+  Registers r(x);
+  wgmma_fence();
+  r.start(s + (faulty ? 128 : 0));
+  wgmma_wait_for(r.sums);
+  y[threadIdx.x] = r.sums[0][0];
+}
+
 // Blocks. -----------------------------------------------------------------------------------------
 
 __global__ void blocks_write_one_place(const float* x, float* y, bool faulty) {
@@ -439,6 +780,31 @@ LAUNCHER(misaligned_cp_async, 1, kThreads, kElements * sizeof(float))
 LAUNCHER(cp_async_past_the_end, 1, kThreads, kElements * sizeof(float))
 LAUNCHER(end_with_cp_async_in_flight, 1, kThreads, kElements * sizeof(float))
 LAUNCHER(misaligned_ldmatrix, 1, kThreads, kElements * sizeof(float))
+LAUNCHER(operand_without_its_fence, 1, kGroup, kRowsBytes)
+LAUNCHER(operand_fence_behind_the_barrier, 1, kGroup, kRowsBytes)
+LAUNCHER(operand_fence_before_its_copies, 1, kGroup, kRowsBytes)
+LAUNCHER(no_barrier_before_wgmma, 1, kGroup, kRowsBytes)
+LAUNCHER(no_wgmma_fence, 1, kGroup, kRowsBytes)
+LAUNCHER(fragment_loaded_behind_the_fence, 1, kGroup, kRowsBytes)
+LAUNCHER(fragment_made_behind_the_fence, 1, kGroup, kRowsBytes)
+LAUNCHER(sums_made_behind_the_fence, 1, kGroup, kRowsBytes)
+LAUNCHER(sums_read_before_the_wait, 1, kGroup, kRowsBytes)
+LAUNCHER(sums_written_in_flight, 1, kGroup, kRowsBytes)
+LAUNCHER(sums_written_between_two_products, 1, kGroup, kRowsBytes)
+LAUNCHER(fragment_written_in_flight, 1, kGroup, kRowsBytes)
+LAUNCHER(operand_written_in_flight, 1, kGroup, kRowsBytes)
+LAUNCHER(copy_into_an_operand_in_flight, 1, kGroup, kRowsBytes)
+LAUNCHER(operand_written_behind_its_own_wait, 1, kGroup, kRowsBytes)
+LAUNCHER(wgmma_wait_for_one_too_few, 1, kGroup, kRowsBytes)
+LAUNCHER(wgmma_without_a_commit, 1, kGroup, kRowsBytes)
+LAUNCHER(end_with_wgmma_in_flight, 1, kGroup, kRowsBytes)
+LAUNCHER(warp_without_its_wgmma, 1, kGroup, kRowsBytes)
+LAUNCHER(warpgroup_without_its_last_warp, 1, kGroup - 32, kRowsBytes)
+LAUNCHER(wgmma_in_a_branch, 1, kGroup, kRowsBytes)
+LAUNCHER(warps_with_different_descriptors, 1, kGroup, kRowsBytes)
+LAUNCHER(lanes_with_different_descriptors, 1, kGroup, kRowsBytes)
+LAUNCHER(rows_amid_a_swizzle, 1, kGroup, kRowsBytes + 512)
+LAUNCHER(rows_past_the_end_of_shared_memory, 1, kGroup, kRowsBytes)
 LAUNCHER(blocks_write_one_place, 4, kThreads, 0)
 LAUNCHER(block_reads_what_another_wrote, 4, kThreads, 0)
 

@@ -3,7 +3,7 @@
 // Lanes execute one after the other here, so a warp's request is put together again: between two barriers,
 // the i-th access of each lane at one place of the code belongs to one request. That is what a GPU does where
 // the lanes do not diverge; where they do, the counts are an approximation. What nvcc merges or moves is not
-// seen.
+// seen. What a wgmma reads of its operand is not counted.
 //
 // Shared memory has 32 banks of 4 bytes. A request of 4 bytes a lane is served for 32 lanes at a time, of 8
 // bytes for 16, of 16 bytes (ldmatrix's rows too) for 8; each time takes as many wavefronts as the busiest

@@ -174,6 +174,7 @@ uint32_t ballot(const char* name, uint32_t mask, bool vote, Place place) {
 void load_matrices(uint32_t* r, int matrices, bool transposed, const void* shared_row, Place place) {
   const void* code = __builtin_return_address(0);
   LoadOperand o{{}, r};
+  threads[running.thread].wgmmas.fenced = false;
   if (running.thread % kWarp < 8 * matrices) {
     check_shared_read(shared_row, sizeof(o.row), code);
     std::memcpy(o.row, shared_row, sizeof(o.row));
