@@ -32,8 +32,9 @@ class Gpu:
     """Dense peaks by the vendor's data sheets, FLOP/s and byte/s, and the share of them that is expected; what one
     multiprocessor has is the GPU's by their number and the clock.
 
-    mma.sync reaches 63 to 65% of an H100's tensor cores, whose full rate only wgmma has (arXiv 2501.12084). L2's
-    bandwidth is about what microbenchmarks find (chipsandcheese.com).
+    mma.sync reaches 63 to 65% of an H100's tensor cores, whose full rate only wgmma has (arXiv 2501.12084); of that
+    three quarters are expected, as cuBLAS reaches 77% with it. L2's bandwidth is about what microbenchmarks find
+    (chipsandcheese.com).
     """
 
     name: str
@@ -41,7 +42,8 @@ class Gpu:
     tf32: float
     float32: float
     bandwidth: float
-    expected: float  # share of the tensor cores' peak
+    expected: float  # share of the tensor cores' peak, by mma.sync
+    expected_wgmma: float  # by wgmma, or 0 where there is none
     reachable: float  # share of it that mma.sync has
     target: str
     multiprocessors: int
@@ -55,15 +57,15 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("A100", 312e12, 156e12, 19.5e12, 2.04e12, 0.60, 1.0, "sm_80", 108, 1.41e9, 4.5e12, 164 * 1024),
-    Gpu("H100", 989e12, 495e12, 67e12, 3.35e12, 0.50, 0.63, "sm_90", 132, 1.83e9, 5.5e12, 228 * 1024),
-    Gpu("RTX 4090", 165e12, 83e12, 82.6e12, 1.01e12, 0.60, 1.0, "sm_89", 128, 2.52e9, 5.0e12, 100 * 1024),
+    Gpu("A100", 312e12, 156e12, 19.5e12, 2.04e12, 0.60, 0.0, 1.0, "sm_80", 108, 1.41e9, 4.5e12, 164 * 1024),
+    Gpu("H100", 989e12, 495e12, 67e12, 3.35e12, 0.50, 0.75, 0.63, "sm_90a", 132, 1.83e9, 5.5e12, 228 * 1024),
+    Gpu(
+        "RTX 4090", 165e12, 83e12, 82.6e12, 1.01e12, 0.60, 0.0, 1.0, "sm_89", 128, 2.52e9, 5.0e12, 100 * 1024
+    ),
 )
 EXPECTED_BANDWIDTH = 0.80
 #: Of the roof, for the layers of 64 and more channels.
 DESIGNED = 0.70
-#: Of an H100's tensor cores by wgmma, for convolutions of 64 channels and more: cuBLAS reaches 77% with it.
-WGMMA = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +88,12 @@ class Kernel:
     name: str
     bytes: float
     operations: float = 0.0  # of tensor cores
+    wgmma: bool = False  # by it, where the GPU has it (csrc/conv_halo_wgmma.cuh)
 
     def seconds(self, gpu: Gpu, precision: Precision, expected: bool = False) -> float:
         bandwidth = gpu.bandwidth * (EXPECTED_BANDWIDTH if expected else 1)
-        peak = precision.peak(gpu) * (gpu.expected if expected else 1)
+        share = gpu.expected_wgmma if self.wgmma and gpu.expected_wgmma else gpu.expected
+        peak = precision.peak(gpu) * (share if expected else 1)
         return max(self.bytes / bandwidth, self.operations / peak)
 
     def bound(self, gpu: Gpu, precision: Precision) -> str:
@@ -192,16 +196,17 @@ def packed(conv: Conv, p: Precision) -> Kernel:
 
 def forward(conv: Conv, p: Precision, training: bool) -> Iterator[Kernel]:
     e, filters = p.element, conv.weights * p.operand
-    operations = conv.operations(conv.C, conv.K, p.slab)
+    operations, wgmma = conv.operations(conv.C, conv.K, p.slab), conv.K > 32 and not conv.of_pictures
     if not conv.of_pictures:
         yield packed(conv, p)
     if conv.bn and training:
-        yield Kernel(conv.name, "conv, moments", (conv.x + conv.z) * e + filters, operations)
+        yield Kernel(conv.name, "conv, moments", (conv.x + conv.z) * e + filters, operations, wgmma)
         yield Kernel(conv.name, "batch norm, ReLU", 2 * conv.z * e)
     elif conv.pool:
-        yield Kernel(conv.name, "conv, ReLU, max-pool", conv.x * e + conv.y * (e + 1) + filters, operations)
+        moved = conv.x * e + conv.y * (e + 1) + filters
+        yield Kernel(conv.name, "conv, ReLU, max-pool", moved, operations, wgmma)
     else:
-        yield Kernel(conv.name, "conv, ReLU", (conv.x + conv.z) * e + filters, operations)
+        yield Kernel(conv.name, "conv, ReLU", (conv.x + conv.z) * e + filters, operations, wgmma)
 
 
 def backward(conv: Conv, p: Precision, need_dx: bool) -> Iterator[Kernel]:
@@ -213,7 +218,7 @@ def backward(conv: Conv, p: Precision, need_dx: bool) -> Iterator[Kernel]:
     if need_dx:
         yield packed(conv, p)
         back = conv.operations(conv.K, conv.C, p.slab) * conv.H * conv.W / ((conv.H - 2) * (conv.W - 2))
-        yield Kernel(conv.name, "backward-data", source + conv.x * e + filters, back)
+        yield Kernel(conv.name, "backward-data", source + conv.x * e + filters, back, wgmma=conv.C > 32)
     partial = 4 * conv.splits * (conv.weights + conv.K)
     # Here the channels are rows and columns, and the pixels are the reduction.
     rows, columns = up(conv.K, 32), 32 if conv.of_pictures else 9 * up(conv.C, 32)
@@ -297,6 +302,7 @@ PATCH = 192
 ROW = 64  # bytes: of a pixel's or an output channel's slab
 MIDDLE_FILTER, NARROW_FILTER = 72 * 1024, 36 * 1024  # bytes that may stay in shared memory
 ROOM = 2 * (256 + 2 * PATCH * ROW + MIDDLE_FILTER + 1024)  # of two blocks that keep so much
+WGMMA_FILTER = 144 * 1024  # of a block with two tiles
 
 
 @functools.cache
@@ -341,7 +347,9 @@ def instructions() -> dict[tuple[str, str], tuple[float, float]]:
     """Kernel and target: machine instructions for each of the tensor cores in a step that loads an item, and in one
     without it, of the compiled kernels (tests/cuda_resources.py)."""
     rows = [
-        line.strip("| ").split(" | ") for line in KERNELS.read_text().splitlines() if line.startswith("| ")
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in KERNELS.read_text().splitlines()
+        if line.startswith("| ")
     ]
     targets, found = rows[0][3:], {}
     for kernel, _, _, *cells in rows[2:]:
@@ -388,14 +396,18 @@ class Pass:
         """Of the multiprocessor that has most to do, by what it has to do."""
         return self.of_weight(gpu) if self.name == "backward-weight" else self.of_pixels(gpu)
 
+    def is_by_wgmma(self, gpu: Gpu) -> bool:
+        channels = {"forward": self.conv.K, "backward-data": self.conv.C}.get(self.name, 0)
+        return channels > 32 and gpu.expected_wgmma > 0
+
     def tensor_cycles(self, gpu: Gpu, products: float) -> float:
-        return gpu.cycles(products, self.p.peak(gpu) / 2 * gpu.reachable)
+        return gpu.cycles(products, self.p.peak(gpu) / 2 * (1 if self.is_by_wgmma(gpu) else gpu.reachable))
 
     def units(
-        self, gpu: Gpu, tiles: int, products: float, issued: float, shared: float, l2: float
+        self, gpu: Gpu, tiles: int, products: float, issued: float, shared: float, l2: float, columns: int = 8
     ) -> dict[str, float]:
         """Of tiles with so many products, instructions for each of the tensor cores', and bytes."""
-        depth = 8 * 16 * self.p.slab / 2  # products of one instruction
+        depth = columns * 16 * self.p.slab / 2  # products of a warp's instruction
         return {
             "tensor cores": self.tensor_cycles(gpu, tiles * products),
             "shared memory": tiles * shared / 128,
@@ -403,39 +415,57 @@ class Pass:
             "issue": tiles * products / depth * issued / 4,
         }
 
-    def halo_kernel(self, shape: str, resident: bool, source: str, output: str) -> str:
-        math_, element = self.math
-        tile = f"HaloTile<{math_}, {shape}, {str(resident).lower()}>"
-        return f"conv_halo_tile_kernel<{tile}, {source}<{element}>, {output}>"
-
     def of_pixels(self, gpu: Gpu) -> dict[str, float]:
-        """csrc/conv_halo_tile.cuh"""
-        conv, p, (_, element), back = self.conv, self.p, self.math, self.name == "backward-data"
+        """csrc/conv_halo_tile.cuh, csrc/conv_halo_wgmma.cuh"""
+        conv, p, (math_, element), back = self.conv, self.p, self.math, self.name == "backward-data"
         C, K = (conv.K, conv.C) if back else (conv.C, conv.K)
         P, Q = (conv.H, conv.W) if back else (conv.H - 2, conv.W - 2)
         pooled = conv.pool and not back
+        tiles, patch = tiling(conv.N, P, Q, pooled)
+
+        def rounds(columns: int, together: int = 1) -> int:
+            """Tiles of the multiprocessor that gets most of them."""
+            blocks = -(-tiles // together) * up(K, columns) // columns
+            return together * -(-blocks // gpu.multiprocessors)
+
         columns = 128 if K > 64 else 64 if K > 32 else 32
+        together = 1  # tiles that share a filter
         slabs = up(C, p.slab) // p.slab
-        filters = 9 * slabs * columns * ROW
-        resident = columns == 32 and filters <= NARROW_FILTER
-        resident |= columns == 64 and filters <= MIDDLE_FILTER and gpu.shared_bytes >= ROOM
-        shape = {128: "2, 4, 4, 2", 64: f"2, 2, 4, {2 if resident else 4}", 32: "4, 1, 2, 4"}[columns]
+        if self.is_by_wgmma(gpu):
+            filters = 9 * slabs * columns * ROW
+            resident = columns == 64 and filters <= WGMMA_FILTER
+            together = 1 if columns == 64 and filters <= MIDDLE_FILTER else 2
+            kernel = (
+                f"conv_halo_wgmma_kernel<WgmmaTile<{math_}, {columns}, {together}, {str(resident).lower()}>"
+            )
+            threads, of_instruction, of_loop = 256, columns, 3
+            # A step's fragments of 128 rows, and its filter for each 64 of them.
+            fragments: float = 9 * slabs * (TILE + 2 * columns) * ROW
+        else:
+            if columns == 128 and 10 * 64 * rounds(64) <= 9 * 128 * rounds(128):
+                columns = 64  # the last round of 128 is short
+            filters = 9 * slabs * columns * ROW
+            resident = K <= 32 and filters <= NARROW_FILTER
+            resident |= 32 < K <= 64 and filters <= MIDDLE_FILTER and gpu.shared_bytes >= ROOM
+            shape = {128: "2, 4, 4, 2", 64: f"2, 2, 4, {2 if resident else 4}", 32: "4, 1, 2, 4"}[columns]
+            kernel = f"conv_halo_tile_kernel<HaloTile<{math_}, {shape}, {str(resident).lower()}>"
+            threads, of_instruction, of_loop = 256 if columns == 128 else 128, 8, 9
+            rows = 64 if columns > 32 else 32  # of a warp, by 32 columns
+            fragments = 9 * slabs * TILE * columns / (rows * 32) * (rows + 32) * ROW
         sums = back and self.before.bn
         plain = f"StoreOutput<{element}, {str(not back and not conv.bn).lower()}, {str(not back and conv.bn).lower()}>"
         output = f"MaxPoolOutput<{element}>" if pooled else f"ReluSumsOutput<{element}>" if sums else plain
-        tiles, patch = tiling(conv.N, P, Q, pooled)
-        most = -(-tiles * up(K, columns) // columns // gpu.multiprocessors)
         products = TILE * columns * 9 * slabs * p.slab
-        rows = 64 if columns > 32 else 32  # of a warp, by 32 columns
-        fragments = products / (rows * 32 * p.slab / 2) * (rows + 32) * ROW / 2
-        streamed = 0 if resident else filters
+        streamed = 0 if resident else filters / together
         staged = 2 * TILE * columns * 4
         written = TILE * columns * p.element * ((1 + 1 / p.element) / 4 if pooled else 2 if sums else 1)
         l2 = patch * slabs * ROW * self.reads(self.source) + streamed + written
         shared = fragments + patch * slabs * ROW + streamed + staged
-        loading, other = instructions()[self.halo_kernel(shape, resident, self.source, output), gpu.target]
-        items = patch * ROW / 16 / (256 if columns == 128 else 128) / 9  # of a thread and step
-        return self.units(gpu, most, products, other + items * (loading - other), shared, l2)
+        loading, other = instructions()[f"{kernel}, {self.source}<{element}>, {output}>", gpu.target]
+        # Of a thread and a step; the longest way through wgmma's, which is a whole slab, loads three.
+        items = patch * ROW / 16 / threads / of_loop
+        issued = other + items * (loading - other)
+        return self.units(gpu, rounds(columns, together), products, issued, shared, l2, of_instruction)
 
     def of_weight(self, gpu: Gpu) -> dict[str, float]:
         """csrc/conv_weight_gradient.cuh, tiles of 64 output and 64 or 32 input channels."""
@@ -641,21 +671,16 @@ def gains() -> Iterator[str]:
 
 def hopper() -> Iterator[str]:
     h100 = next(gpu for gpu in GPUS if gpu.name == "H100")
-    with_wgmma = dataclasses.replace(h100, expected=WGMMA)
+    without = dataclasses.replace(h100, expected_wgmma=0.0)
     yield row("", "batch", "mma.sync img/s", "wgmma img/s", "less time")
     yield row(*["---"] * 2, *["---:"] * 3)
     for what, ours, _ in STEPS:
         for p in PRECISIONS:
             for N in BATCHES:
-                wide = {conv.name for conv in convolutions(N) if conv.K >= 64}
                 kernels = ours(N, p)
-                now = total(kernels, h100, p, True)
-                then = math.fsum(
-                    kernel.seconds(with_wgmma if kernel.layer in wide else h100, p, True)
-                    for kernel in kernels
-                )
-                rates = f"{N / now:,.0f}", f"{N / then:,.0f}"
-                yield row(f"{what}, {p.name}", f"{N}", *rates, f"{1 - then / now:.0%}")
+                before, now = total(kernels, without, p, True), total(kernels, h100, p, True)
+                rates = f"{N / before:,.0f}", f"{N / now:,.0f}"
+                yield row(f"{what}, {p.name}", f"{N}", *rates, f"{1 - now / before:.0%}")
 
 
 def details(step: Step, p: Precision) -> Iterator[str]:
@@ -687,7 +712,11 @@ PEAKS = ";\n".join(
     f"{gpu.name} {gpu.bf16 / 1e12:.0f} TFLOP/s in bf16, {gpu.tf32 / 1e12:.0f} in TF32, {gpu.bandwidth / 1e12:.2f} TB/s"
     for gpu in GPUS
 )
-EXPECTED = ", ".join(f"{gpu.expected:.0%} of {gpu.name}'s" for gpu in GPUS)
+EXPECTED = ", ".join(
+    f"{gpu.expected:.0%} of {gpu.name}'s"
+    + (f", {gpu.expected_wgmma:.0%} by wgmma" if gpu.expected_wgmma else "")
+    for gpu in GPUS
+)
 HEAD = f"""# The roofline of the CUDA engine
 
 Written by `python benchmarks/roofline.py` from the layer table. **Predicted, by arithmetic; nothing on this page is
@@ -704,7 +733,7 @@ max-pool with int64 places; each again in backward, and the bias' gradient; Adam
 is not counted.
 
 Images a second are three figures: this engine's roof / what is expected of it ({EXPECTED_BANDWIDTH:.0%} of the
-bandwidth; {EXPECTED} tensor cores) / PyTorch eager's roof.
+bandwidth; of the tensor cores {EXPECTED}) / PyTorch eager's roof.
 
 """
 
@@ -721,44 +750,45 @@ loads z, and its backward-data the other; the gain is that of the step's predict
 L2 = ", ".join(f"{gpu.l2 / 1e12:.1f}" for gpu in GPUS)
 REACHED = f"""## How near the roof the kernels can come
 
-Of the layers of 64 and more channels: the share of the roof above, on an H100 of that with the {GPUS[1].reachable:.0%}
-of its tensor cores that mma.sync has, which the unit with most to do leaves, were all units at work all the time: the
-tensor cores, shared memory (128 bytes a cycle), L2 (taken as {L2} TB/s; each patch with all that makes it),
-the issue of instructions (four a cycle, as many as [the compiled kernels](cuda_kernels.md) have), memory. What a tile
-has beyond its image and the multiprocessor that gets most tiles count. Less than {DESIGNED:.0%} is in bold.
+Of the layers of 64 and more channels: the share of the roof above which the unit with most to do leaves, were all units
+at work all the time: the tensor cores, shared memory (128 bytes a cycle), L2 (taken as {L2} TB/s; each patch
+with all that makes it), the issue of instructions (four a cycle, as many as [the compiled kernels](cuda_kernels.md)
+have), memory. What a tile has beyond its image and the multiprocessor that gets most tiles count. An H100's forward and
+backward-data are by wgmma; its filters' gradients, by mma.sync, are held against the {GPUS[1].reachable:.0%} of its
+tensor cores that mma.sync has. Less than {DESIGNED:.0%} is in bold.
 
 Where it is less:
 
 - Filters' gradients in TF32 on an H100: for 18 products a step reads 22 fragments by 64 and 32 bits, which ldmatrix
   cannot transpose, beside the addresses, and the items that a batch norm makes are computed in float32. wgmma, which
   takes operands from shared memory, would do without the fragments.
-- Backward-data on an H100: a patch is made of two tensors, and of 128 channels and more, or in TF32, each tile of 128
-  pixels reads the filter again, all through L2. Larger tiles would need wgmma's registers.
-- Forward on an H100: fragments come through shared memory, which mma.sync reads again for each warp; in TF32 at 64
-  channels the filter, which does not stay, comes through L2.
-- The last block at batch 32: one or two rounds of tiles, of which the last is not full.
+- Backward-data on an H100: a slab of two tiles takes 4,608 cycles of the tensor cores, for which L2 has 105 KB. Two
+  tensors to read are 46 of them, 128 channels of the filter 74, what is stored comes on top. A block of more tiles has
+  no registers for its sums; a cluster's blocks could share the filter by TMA.
+- The last layers at batch 32 on an H100: a block of two tiles fills a multiprocessor, and of one or two rounds of these
+  the last is not full.
 
 Images a second of a training step, as expected above / if each kernel takes at least as long as its busiest unit:
 
 """
 
 
-HOPPER = f"""## What wgmma and TMA would bring on an H100
+HOPPER = """## What wgmma brings on an H100, and what TMA would
 
-mma.sync reaches at most 63 to 65% of an H100's tensor cores, {GPUS[1].expected:.0%} is expected above: a warp's 64 x 32
-sums take its operands 24 cycles through shared memory, and the tensor cores 16 cycles. wgmma reads 64 x 128 of four
-warps in 48 cycles for 64 of products, and TMA brings a patch, zeros outside the image included, with one instruction of
-one thread. With {WGMMA:.0%} in the layers of 64 and more output channels, as cuBLAS reaches, and nothing in those of
-32, which memory binds and whose wgmma (N = 32) reads 24 cycles for 16 of products, an H100 would be expected to give:
+mma.sync reaches at most 63 to 65% of an H100's tensor cores: a warp's 64 x 32 sums take its operands 24 cycles through
+shared memory, and the tensor cores 16 cycles. wgmma reads 64 x 128 of four warps in 48 cycles for 64 of products
+(csrc/conv_halo_wgmma.cuh: forward and backward-data of more than 32 output channels, two tiles of pixels a block, which
+share the filter). Convolutions of 32 channels are bound by memory and the filters' gradients read both operands
+transposed; they are as on any GPU. An H100 is expected to give, without wgmma (`MASKCORE_WGMMA=0`) and with it:
 
 """
 DECISION = """
 
-Nothing elsewhere: an A100 and an RTX have neither, and a B200 has tcgen05 in wgmma's place. TMA can load plain tensors
-alone; a ReLU's mask, a max-pool's unpooling and a batch norm are computed on the way into shared memory here, which
-would be wgmma's operands from registers, or another pass. So it would be a second set of kernels for one generation,
-that the emulator knows nothing of, for a fifth of a step at most. It is not written, and should be when an H100 is
-there to measure it on: forward and backward-data of 64 and more channels first."""
+TMA would bring a patch, zeros outside the image included, with one instruction of one thread, and a cluster's blocks
+one filter for all of them, which would take half of the filter's bytes off L2. It can load plain tensors alone: a
+ReLU's mask, a max-pool's unpooling and a batch norm are computed on the way into shared memory here. It is not written;
+the filter, of which backward-data reads most of its bytes through L2, would come first. A B200 has tcgen05 in wgmma's
+place, and takes the kernels that every GPU takes."""
 
 
 def page() -> str:

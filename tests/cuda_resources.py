@@ -1,7 +1,7 @@
 """What every CUDA kernel takes of a multiprocessor, by the compiler's own word, and the table of all of them.
 
     python tests/cuda_resources.py            compiles for all targets, writes the table
-    python tests/cuda_resources.py sm_90      prints one target's
+    python tests/cuda_resources.py sm_90a     prints one target's
 
 A kernel's budget stands in its source: __launch_bounds__(threads, blocks) says how many blocks an SM must hold,
 from which its registers follow (65,536 / (threads * blocks)), and `problems` holds the compiler to it. Threads and
@@ -43,16 +43,18 @@ class Target(NamedTuple):
     threads: int
     blocks: int
     shared_bytes: int  # of which each block takes 1 KB more than it asks for
+    wgmma: bool = False
 
 
 TARGETS = {
     "sm_80": Target("A100", 2048, 32, 164 * 1024),
     "sm_86": Target("RTX 30", 1536, 16, 100 * 1024),
     "sm_89": Target("RTX 40, L4", 1536, 24, 100 * 1024),
-    "sm_90": Target("H100, H200", 2048, 32, 228 * 1024),
+    "sm_90a": Target("H100, H200", 2048, 32, 228 * 1024, wgmma=True),
     "sm_100": Target("B200", 2048, 32, 228 * 1024),
     "sm_120": Target("RTX 50", 1536, 24, 100 * 1024),
 }
+OF_WGMMA = "conv_halo_wgmma_kernel"
 REGISTERS = 65536
 SMALL = 100 * 1024  # bytes of shared memory of the GPUs that are not for data centres
 LEAST_OCCUPANCY = 0.25
@@ -63,7 +65,7 @@ FEW_THREADS = {
     r"conv_halo_tile_kernel<HaloTile<\w+, 4, 1, 2, 4, true>": "the whole filter of a 32-channel layer stays in the "
     "block's shared memory: it saves more traffic through L2 than more warps would hide",
     r"conv_halo_tile_kernel<HaloTile<\w+, 2, 2, 4, 2, true>": "the whole filter of a 64-channel layer stays in the "
-    "block's shared memory, which through L2 would keep an H100 at half of its tensor cores (csrc/conv_halo_tile.cuh); "
+    "block's shared memory (csrc/conv_halo_tile.cuh says what it saves); "
     "two blocks are eight warps, with no barrier within a slab",
     r"conv_first_layer_gradient_kernel<FirstLayerGradientTile<(Tf32|Ieee)>": "its rows take 71 KB; the loads of one "
     "block's 8 warps are more than an SM with 100 KB gets in a microsecond",
@@ -88,6 +90,7 @@ class Resources(NamedTuple):
     threads: int  # of __launch_bounds__
     blocks: int  # an SM must hold; 0 where the source does not say
     counted: Counted  # zeros without a disassembler
+    serialized: bool = False  # its wgmmas, each of which would be waited for
 
     def occupancy(self, target: Target, threads: int, shared_bytes: int) -> float:
         """Resident warps of those that an SM could hold."""
@@ -193,7 +196,7 @@ def _bounds(ptx: str) -> Iterator[tuple[str, int, int]]:
         )
 
 
-TENSOR = re.compile(r"[HIOQ]MMA")
+TENSOR = re.compile(r"[HIOQ]G?MMA")
 #: A load of less than 8 bytes and its condition, which is another one for each element of a tensor's tail.
 ELEMENT = r"@\S+(?= LDG\.E(?!.*\.(64|128)))"
 
@@ -280,14 +283,20 @@ def compiled(target: str) -> dict[str, Resources]:
         ptx = "\n".join(path.read_text() for path in folder.glob("*.ptx"))
         bounds = {name: rest for name, *rest in _bounds(ptx)}
         of_kernels = _instructions(folder / "kernels.cubin")
-        for mangled, said in _ptxas((folder / "ptxas.txt").read_text()):
-            found[plain(_run("c++filt", mangled).strip())] = Resources(
+        text = (folder / "ptxas.txt").read_text()
+        serialized = set(re.findall(r"instructions are serialized .* in the function '(\w+)'", text))
+        for mangled, said in _ptxas(text):
+            kernel = plain(_run("c++filt", mangled).strip())
+            if kernel.startswith(OF_WGMMA) and not TARGETS[target].wgmma:
+                continue  # it only stops there, should anybody start it
+            found[kernel] = Resources(
                 said["registers"],
                 said["stores"] + said["loads"],
                 said["stack"],
                 said["shared"],
                 *bounds[mangled],
                 of_kernels.get(mangled, Counted(0, 0, 0)),
+                mangled in serialized,
             )
     return found
 
@@ -306,6 +315,7 @@ class ConvCall(ctypes.Structure):
         ("precision", ctypes.c_int),
         ("multiprocessors", ctypes.c_int),
         ("shared_bytes", ctypes.c_int),
+        ("wgmma", ctypes.c_bool),
     ]
 
 
@@ -334,17 +344,22 @@ CONVOLUTIONS = [
     (2, 20, 20, 256, 32),
     (2, 20, 20, 32, 256),
     (2, 20, 20, 64, 32),
+    (2, 20, 20, 128, 64),
+    (2, 20, 20, 256, 64),
+    (2, 20, 20, 64, 256),
+    (2, 20, 20, 64, 512),
     (1, 40, 40, 8, 16),
     (1, 40, 40, 2, 40),
 ]
 #: Channels behind the two convolutions of a block's head.
 HEADS = [(32, 32), (64, 64), (128, 128), (256, 256), (7, 5), (256, 32), (32, 256), (32, 64), (64, 32)]
+HEADS += [(128, 64), (512, 64), (64, 128), (64, 512)]
 ADDRESS = 1 << 20
 #: (DataType, Precision) of csrc/conv_size.h
 TYPES = {"float32 ieee": (0, 0), "float32 tf32": (0, 1), "float32 bf16": (0, 2), "bfloat16": (1, 2)}
 
 
-def _launches(shared_bytes: int) -> Iterator[Launched]:
+def _launches(target: Target) -> Iterator[Launched]:
     x = ADDRESS
     for file, calls in {
         "max_pool_cuda.cu": [
@@ -372,10 +387,12 @@ def _launches(shared_bytes: int) -> Iterator[Launched]:
         library = cuda_emulator.build(file)
         for name, *arguments in calls:
             yield from library.record(name, *arguments)
-    yield from _conv_launches(shared_bytes)
+    # Few tiles are narrower where there are many multiprocessors; a device with wgmma may be told to do without.
+    for multiprocessors, wgmma in itertools.product((132, 1), {False, target.wgmma}):
+        yield from _conv_launches(multiprocessors, target.shared_bytes, wgmma)
 
 
-def _conv_launches(shared_bytes: int) -> Iterator[Launched]:
+def _conv_launches(*device: int) -> Iterator[Launched]:
     x = ADDRESS
     forward = cuda_emulator.build("conv_relu_cuda.cu")
     backward = cuda_emulator.build("conv_relu_backward_cuda.cu")
@@ -383,7 +400,7 @@ def _conv_launches(shared_bytes: int) -> Iterator[Launched]:
     head = cuda_emulator.build("conv_bn_relu_conv_relu_cuda.cu")
     for types in TYPES.values():
         for N, H, W, C, K in CONVOLUTIONS:
-            call = ConvCall(ConvSize(N, H, W, C, K, 0, H - 2, W - 2), *types, 132, shared_bytes)
+            call = ConvCall(ConvSize(N, H, W, C, K, 0, H - 2, W - 2), *types, *device)
             yield from forward.record("launch_conv_relu", call, *[x] * 5)
             yield from forward.record("launch_conv_relu_max_pool", call, *[x] * 6)
             yield from backward.record("launch_conv_relu_backward", call, *[x] * 8)
@@ -391,7 +408,7 @@ def _conv_launches(shared_bytes: int) -> Iterator[Launched]:
             yield from bn.record("launch_conv_bn_relu_train", call, *[x] * 5, 1e-3, *[x] * 5)
             yield from bn.record("launch_conv_bn_relu_train_backward", call, *[x] * 8, 1e-3, *[x] * 5)
         for K, K2 in HEADS:
-            call = ConvCall(ConvSize(2, 20, 20, 8, K, 0, 18, 18), *types, 132, shared_bytes)
+            call = ConvCall(ConvSize(2, 20, 20, 8, K, 0, 18, 18), *types, *device)
             for argmax in (x, None):
                 outputs = (x, argmax, *[x] * 4)
                 yield from head.record("launch_conv_bn_relu_conv_relu", call, K2, 0, *[x] * 7, 1e-3, *outputs)
@@ -400,11 +417,15 @@ def _conv_launches(shared_bytes: int) -> Iterator[Launched]:
                 yield from head.record(name, call, K2, 0, *inputs, 1e-3, *[x] * 7)
 
 
+def launched(target: Target) -> dict[str, tuple[int, int]]:
+    """Threads, and the most dynamic shared memory, of each kernel launched on such a GPU."""
+    return _launched(target._replace(gpus="", threads=0, blocks=0))
+
+
 @functools.cache
-def launched(shared_bytes: int) -> dict[str, tuple[int, int]]:
-    """Threads, and the most dynamic shared memory, of each kernel launched where a multiprocessor has so much."""
+def _launched(target: Target) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
-    for launch in _launches(shared_bytes):
+    for launch in _launches(target):
         name = plain(launch.kernel)
         threads, shared = found.get(name, (0, 0))
         found[name] = max(threads, launch.threads), max(shared, launch.shared_bytes)
@@ -424,11 +445,13 @@ def problems(target: str) -> list[str]:
     for kernel, r in compiled(target).items():
         if r.spilled_bytes or r.stack_bytes:
             found.append(f"{kernel}: {r.spilled_bytes} bytes spilled, {r.stack_bytes} of stack")
-        if kernel not in launched(limits.shared_bytes):
-            if not any(kernel in launched(other.shared_bytes) for other in TARGETS.values()):
+        if r.serialized:
+            found.append(f"{kernel}: ptxas waits for each of its wgmmas")
+        if kernel not in launched(limits):
+            if not any(kernel in launched(other) for other in TARGETS.values()):
                 found.append(f"{kernel}: no launcher was seen to launch it")
             continue
-        threads, shared = launched(limits.shared_bytes)[kernel]
+        threads, shared = launched(limits)[kernel]
         occupancy = r.occupancy(limits, threads, shared)
         if r.threads == 0:
             found.append(f"{kernel}: has no __launch_bounds__")
@@ -451,11 +474,14 @@ def problems(target: str) -> list[str]:
 def rows(targets: Sequence[str]) -> Iterator[str]:
     yield "| kernel | threads | shared memory | " + " | ".join(targets) + " |"
     yield "| --- | ---: | ---: |" + " --- |" * len(targets)
-    for kernel in sorted(compiled(targets[0])):
+    for kernel in sorted({kernel for target in targets for kernel in compiled(target)}):
         cells, sizes = [], set()
         for target in targets:
+            if kernel not in compiled(target):
+                cells.append("")
+                continue
             r = compiled(target)[kernel]
-            launch = launched(TARGETS[target].shared_bytes).get(kernel)
+            launch = launched(TARGETS[target]).get(kernel)
             if launch is None:
                 cells.append(f"{r.registers}, not launched")
                 continue
@@ -473,11 +499,12 @@ HEAD = """# What the CUDA kernels take of a multiprocessor
 
 Written by `python tests/cuda_resources.py`: nvcc {nvcc}, every kernel for every target. A cell is registers a thread,
 occupancy (resident warps of those that an SM can hold, by the published limits) and, where the kernel uses them, the
-share of the machine's instructions that the tensor cores execute (HMMA; the others load fragments, copy and count), in
-a step that loads an item of aligned tensors, by the longest way through the innermost loop / in one without it. Bytes
-spilled stand behind them: there are {spilled} in all. Threads and shared memory (static and dynamic, in bytes, the most
-of the network's layers) are those of the launchers, which take less where a multiprocessor has less, and keep some
-kernels to those that have most.
+share of the machine's instructions that the tensor cores execute (HMMA, of 16 x 8 sums, and HGMMA, of which a warp's
+part are 16 x 64 or 16 x 128; the others load fragments, copy and count), in a step that loads an item of aligned
+tensors, by the longest way through the innermost loop / in one without it; HGMMA's loop is a whole slab, nine steps and
+up to three items. Bytes spilled stand behind them: there are {spilled} in all. Threads and shared memory (static and
+dynamic, in bytes, the most of the network's layers) are those of the launchers, which take less where a multiprocessor
+has less, and keep some kernels to those that have most.
 
 `tests/test_cuda_resources.py` holds every kernel to the budget in its `__launch_bounds__(threads, blocks)`: no spills,
 registers for so many blocks on every target, and on those with more than 100 KB of shared memory so many blocks; at

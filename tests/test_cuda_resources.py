@@ -33,7 +33,7 @@ def resources(registers: int, static_shared_bytes: int = 0) -> Resources:
         ("sm_80", 255, 256, 0, 8),  # 1 block
         ("sm_80", 32, 32, 0, 32),  # 32 blocks are the most
         ("sm_86", 32, 32, 0, 16),  # or 16
-        ("sm_90", 64, 128, 227 * 1024, 4),  # all of the shared memory
+        ("sm_90a", 64, 128, 227 * 1024, 4),  # all of the shared memory
         ("sm_86", 64, 128, 49 * 1024, 8),  # 2 * (49 + 1) KB are 100
         ("sm_86", 64, 128, 49 * 1024 + 1, 4),
     ],

@@ -59,30 +59,44 @@ def test_a_head_as_one_operator_saves_at_least_5_percent_of_a_step(roofline: Mod
                 assert saved >= 0.05, f"{gpu.name}, {precision.name}, batch {batch}: {saved:.1%}"
 
 
-def test_wgmma_would_save_a_fifth_of_a_step_at_most(roofline: ModuleType) -> None:
-    """What the page says where it decides against it."""
+def test_wgmma_saves_at_least_5_percent_of_a_step(roofline: ModuleType) -> None:
+    """Less would not pay for its kernels."""
     rows = [line for line in roofline.hopper() if line.startswith("| a training step")]
     assert len(rows) == len(roofline.PRECISIONS) * len(roofline.BATCHES)
     for line in rows:
-        assert 0.10 <= float(line.split("|")[-2].strip().removesuffix("%")) / 100 <= 0.20
+        assert float(line.split("|")[-2].strip().removesuffix("%")) / 100 >= 0.05
 
 
 @pytest.mark.skipif(
     not cuda_emulator.has_compiler(), reason="launches are recorded with g++, addr2line and nm"
 )
 def test_tiles_are_those_of_the_launchers(roofline: ModuleType, forward: cuda_emulator.Kernels) -> None:
-    """In bf16, on 100 KB, where no layer behind the first two keeps its filter: a block a tile and 128 channels."""
+    """In bf16, on 100 KB, where no layer behind the first two keeps its filter: a block a tile and 128 channels, or 64
+    where that is done sooner, or with wgmma two tiles."""
+    narrower = set()
     for conv in roofline.convolutions(32)[2:]:
         P, Q = conv.H - 2, conv.W - 2
         size = ConvSize(conv.N, conv.H, conv.W, conv.C, conv.K, 0, P, Q)
-        call = ConvCall(size, *TYPES["bfloat16"], 108, 100 * 1024)
         for name, pointers, pooled in (
             ("launch_conv_relu", 5, False),
             ("launch_conv_relu_max_pool", 6, True),
         ):
-            *_, launch = forward.record(name, call, *[ADDRESS] * pointers)
             tiles, _ = roofline.tiling(conv.N, P, Q, pooled)
-            assert launch.grid[0] == tiles * -(-conv.K // 128), f"{conv.name}, {name}"
+            *_, launch = forward.record(
+                name, ConvCall(size, *TYPES["bfloat16"], 108, 100 * 1024, False), *[ADDRESS] * pointers
+            )
+            wide, narrow = tiles * -(-conv.K // 128), tiles * -(-conv.K // 64)
+            rounds = -(-wide // 108), -(-narrow // 108)
+            if conv.K > 64 and 10 * 64 * rounds[1] <= 9 * 128 * rounds[0]:
+                narrower.add(conv.name)
+                assert launch.grid[0] == narrow, f"{conv.name}, {name}"
+            else:
+                assert launch.grid[0] == wide, f"{conv.name}, {name}"
+            if conv.K > 64:
+                by_wgmma = ConvCall(size, *TYPES["bfloat16"], 132, 228 * 1024, True)
+                *_, launch = forward.record(name, by_wgmma, *[ADDRESS] * pointers)
+                assert launch.grid[0] == -(-tiles // 2) * -(-conv.K // 128), f"{conv.name}, {name}"
+    assert {"block4_conv2", "block4_conv3"} <= narrower
 
 
 def test_the_kernels_that_the_page_names_are_compiled(roofline: ModuleType) -> None:
