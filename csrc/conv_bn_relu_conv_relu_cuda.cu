@@ -39,7 +39,7 @@ struct BackwardWorkspace {
   BackwardWorkspace(const ConvCall& first, const ConvCall& second, void* memory)
       : rest{static_cast<unsigned char*>(memory)} {
     const int64_t K = first.size.K;
-    tiles = tiles_of(second.size.backward_data());
+    tiles = tiles_of(second.size.backward_data(), /*of_pictures=*/false);
     const int64_t element = first.dtype == DataType::kBfloat16 ? 2 : 4;
     g = rest.take<unsigned char>(element * first.size.N * first.size.P * first.size.Q * K);
     coefficients = rest.take<float>(3 * padded_channels(K));

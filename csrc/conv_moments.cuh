@@ -10,9 +10,10 @@ namespace maskcore {
 /// Channels of what is loaded a packet at a time.
 inline int64_t padded_channels(int64_t K) { return round_up(K, BatchNormReluGradient<float>::kChannelAlign); }
 
-/// Tiles of any convolution's pixels that are not pooled, as all kernels cut them.
-inline int64_t tiles_of(const ConvSize& s) {
-  return Tiling::choose(s, /*pooled=*/false, kTilePixels, kPatchPixels).tiles;
+/// Tiles of a convolution's pixels that are not pooled, as its kernel cuts them: that of pictures, or one of
+/// halo tiles (a SpreadTiling, which may be of another number).
+inline int64_t tiles_of(const ConvSize& s, bool of_pictures) {
+  return Tiling::choose(s, /*pooled=*/false, kTilePixels, kPatchPixels, /*spread=*/!of_pictures).tiles;
 }
 
 struct TrainWorkspace {
@@ -25,7 +26,7 @@ struct TrainWorkspace {
 
   TrainWorkspace(const ConvCall& call, void* memory) {
     const ConvSize& s = call.size;
-    tiles = tiles_of(s);
+    tiles = tiles_of(s, /*of_pictures=*/s.C <= kPictureChannels);
     Pieces pieces{static_cast<unsigned char*>(memory)};
     packed = pieces.take<unsigned char>(packed_filter_bytes(s.C, s.K));
     moments = pieces.take<float>(tiles * 3 * s.K);

@@ -97,6 +97,8 @@ SIZES = [
     Size(1, 31, 33, 3, 33, 1),  # first layer, tiles that a block goes through, two blocks of channels
     Size(2, 12, 40, 2, 8, 0),  # pictures of two channels
 ]
+# Of 6 halo tiles, where the first layer's kernel would have 5.
+MORE_HALO_TILES = Size(3, 62, 2, 5, 34, 1)
 # wgmma's kernels, by bytes of filter in bf16 and in TF32, forward and, channels turned, in backward-data: up to 72 KB
 # resident in a block with one tile, up to 144 KB in a block with two, above that streamed; a wide tile always. Three
 # tiles, so that a block with two has one without pixels, or more than a block goes through at once.
@@ -416,7 +418,7 @@ def test_random_numbers(
     close(dbias, g.sum((0, 1, 2)), s.N * s.P * s.Q, "dbias")
 
 
-@sizes_and_kinds([SIZES[1], *SIZES[3:6], *SIZES[8:]], WGMMA_SIZES, used)
+@sizes_and_kinds([SIZES[1], *SIZES[3:6], *SIZES[8:], MORE_HALO_TILES], WGMMA_SIZES, used)
 def test_conv_bn_relu_train(batch_norm: cuda_emulator.Kernels, s: Size, kind: str) -> None:
     """The mean is large against the deviation; one channel is constant."""
     k, eps = KINDS[kind], 1e-3
@@ -488,6 +490,7 @@ HEADS = [
     Head(Size(1, 12, 19, 16, 33, 1), 40, 1),  # tails, a border of zeros behind the batch norm
     Head(Size(1, 9, 10, 5, 40, 0), 66, 1),  # a wide tile
     Head(Size(2, 5, 4, 8, 7, 1), 5, 0),
+    Head(MORE_HALO_TILES, 5, 1),
 ]
 WGMMA_HEADS = [
     Head(Size(1, 9, 10, 5, 40, 0), 130, 1),  # wide tiles; backward a filter of 180 KB
