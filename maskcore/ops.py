@@ -672,6 +672,9 @@ def softmax_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
     Returns:
         A scalar, in nats. Stable for any finite logits (the largest is subtracted first).
+
+    Raises:
+        RuntimeError: on the CPU, where a target is no class; on a GPU, which is not waited for, the loss is NaN then.
     """
     _check_devices("logits", logits.device, target=target)
     loss, _ = _ops.softmax_cross_entropy(logits.contiguous(), target.contiguous())
