@@ -103,5 +103,5 @@ def test_kernels_keep_their_budgets(target: str) -> None:
 def test_products_are_the_tensor_cores(target: str) -> None:
     """What multiplies in TF32 or bfloat16 has tensor-core instructions, nothing else has."""
     for kernel, r in compiled(target).items():
-        multiplies = kernel.startswith(("conv_halo_tile", "conv_weight_gradient", "conv_first_layer"))
+        multiplies = kernel.startswith(("conv_halo_", "conv_weight_gradient", "conv_first_layer"))
         assert (r.counted.tensor > 0) == (multiplies and "<Ieee" not in kernel), kernel

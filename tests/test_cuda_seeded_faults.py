@@ -350,7 +350,31 @@ def test_a_fault_in_the_forward_kernel_is_found(seeded: Seeded) -> None:
         assert re.search(seeded.found_by, found := finding(run_forward, kernels, order)), f"{order}: {found}"
 
 
-@pytest.mark.parametrize("seeded", OF_WGMMA + OF_STATISTICS, ids=str)
+#: One of each kind; each fault is compiled for itself.
+SAMPLED = {
+    "no_operand_fence",
+    "no_barrier_before_a_step",
+    "no_wait_group",
+    "no_wgmma_fence",
+    "no_wait_in_a_step",
+    "one_set_of_fragments",
+    "one_stage_too_few",
+    "quarter_of_a_row_further",
+    "rows_of_the_wrong_half",
+    "sums_staged_over_the_next_patch",
+    "next_patch_by_this_position",
+    "moments_of_a_tile_past_the_last",
+}
+
+
+@pytest.mark.parametrize(
+    "seeded",
+    [
+        pytest.param(seeded, marks=() if seeded.name in SAMPLED else pytest.mark.slow)
+        for seeded in OF_WGMMA + OF_STATISTICS
+    ],
+    ids=str,
+)
 def test_a_fault_in_the_kernel_with_wgmma_is_found(seeded: Seeded) -> None:
     kernels = seeded_kernels(seeded)
     run = run_wgmma if seeded in OF_WGMMA else run_statistics
