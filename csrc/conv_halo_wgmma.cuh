@@ -16,8 +16,8 @@
 // held until the next step's products are started: two sets of registers, which the taps take in turns. With
 // a slab's last tap all products are waited for, once in 4,608 cycles of two tiles: carried over the loop's
 // end, ptxas would wait for each of them. Or the filter is resident, and the block goes through many tiles
-// with one barrier a slab. The taps are unrolled: for 64 columns a step's products are 64 cycles, in which
-// each of a scheduler's four warps may issue 16 instructions.
+// with one barrier a slab. The taps are unrolled: the products of a warp's step of 64 columns are 64 cycles
+// of its scheduler's tensor core, in which it may issue as many instructions; in a loop over taps it has 70.
 //
 // Budget
 //   shared     filters; of a tile two patches of 12,288 bytes, 32 of positions and, where the filter stays,

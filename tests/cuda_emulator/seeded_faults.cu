@@ -382,16 +382,21 @@ struct Registers {
   }
 };
 
-__global__ void operand_without_its_fence(const float* x, float* y, bool faulty) {
-  float* s = dynamic_shared<float>();
-  fill_rows(x, s);
-  if (!faulty || threadIdx.x != 36) wgmma_operand_fence();
-  __syncthreads();
+// A product with the rows at s, waited for.
+__device__ void store_product(const float* x, const float* s, float* y) {
   Registers r(x);
   wgmma_fence();
   r.start(s);
   wgmma_wait_for(r.sums);
   y[threadIdx.x] = r.sums[0][0];
+}
+
+__global__ void operand_without_its_fence(const float* x, float* y, bool faulty) {
+  float* s = dynamic_shared<float>();
+  fill_rows(x, s);
+  if (!faulty || threadIdx.x != 36) wgmma_operand_fence();
+  __syncthreads();
+  store_product(x, s, y);
 }
 
 // Those of the other warps may have read by then.
@@ -401,11 +406,7 @@ __global__ void operand_fence_behind_the_barrier(const float* x, float* y, bool 
   if (!faulty) wgmma_operand_fence();
   __syncthreads();
   if (faulty) wgmma_operand_fence();
-  Registers r(x);
-  wgmma_fence();
-  r.start(s);
-  wgmma_wait_for(r.sums);
-  y[threadIdx.x] = r.sums[0][0];
+  store_product(x, s, y);
 }
 
 __global__ void operand_fence_before_its_copies(const float* x, float* y, bool faulty) {
@@ -418,11 +419,7 @@ __global__ void operand_fence_before_its_copies(const float* x, float* y, bool f
   cp_async_wait<0>();
   if (!faulty) wgmma_operand_fence();
   __syncthreads();
-  Registers r(x);
-  wgmma_fence();
-  r.start(s);
-  wgmma_wait_for(r.sums);
-  y[threadIdx.x] = r.sums[0][0];
+  store_product(x, s, y);
 }
 
 __global__ void no_barrier_before_wgmma(const float* x, float* y, bool faulty) {
@@ -434,11 +431,7 @@ __global__ void no_barrier_before_wgmma(const float* x, float* y, bool faulty) {
   } else {
     __syncthreads();
   }
-  Registers r(x);
-  wgmma_fence();
-  r.start(s);
-  wgmma_wait_for(r.sums);
-  y[threadIdx.x] = r.sums[0][0];
+  store_product(x, s, y);
 }
 
 __global__ void no_wgmma_fence(const float* x, float* y, bool faulty) {
