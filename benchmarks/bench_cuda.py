@@ -60,14 +60,19 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Callabl
 
 
 @contextlib.contextmanager
-def tf32_allowed() -> Iterator[None]:
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = True
+def fastest_settings() -> Iterator[None]:
+    """What PyTorch does not do by itself: TF32, and the choice of cuDNN's algorithms by trying them."""
+    wanted: list[tuple[Any, str]] = [
+        (torch.backends.cuda.matmul, "allow_tf32"),
+        (torch.backends.cudnn, "allow_tf32"),
+        (torch.backends.cudnn, "benchmark"),
+    ]
+    before = [getattr(backend, name) for backend, name in wanted]
+    for backend, name in wanted:
+        setattr(backend, name, True)
     yield
-    for backend, value in zip(backends, before, strict=True):
-        backend.allow_tf32 = value
+    for (backend, name), value in zip(wanted, before, strict=True):
+        setattr(backend, name, value)
 
 
 def _stored(batch: int, size: int) -> data.StoredBatch:
@@ -127,7 +132,7 @@ def bench_cuda_training_step(case: Case, measure: Callable[..., None]) -> None:
     network, stored, device = case.network.train(), case.stored, case.device
     engine, precision, batch = case.engine, case.precision, len(case.stored.labels)
     target = stored.labels.to(device)
-    with tf32_allowed():
+    with fastest_settings():
         if engine.startswith("maskcore"):
             optimizer = optim.Adam(network.parameter_groups(1e-4), lr=1e-4)
             if engine == "maskcore graph":
@@ -158,7 +163,7 @@ def bench_cuda_training_step(case: Case, measure: Callable[..., None]) -> None:
 def bench_cuda_inference(case: Case, measure: Callable[..., None]) -> None:
     network, device = case.network.eval(), case.device
     engine, precision, batch = case.engine, case.precision, len(case.stored.labels)
-    with tf32_allowed(), torch.inference_mode():
+    with fastest_settings(), torch.inference_mode():
         x = _images(case.stored, device, torch.float32)
         expected = models.torch_twin(network)(x)
         if engine.startswith("maskcore"):
