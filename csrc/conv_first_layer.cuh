@@ -303,7 +303,7 @@ struct FirstLayerGradientTile : PictureTile<Math, 256, 384> {
 /// both sides, so that nothing that is not finite comes in beside them.
 template <class Tile, class T, class Gradient>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
-    conv_first_layer_gradient_kernel(const WeightGradient<Activation<T>, Gradient> conv) {
+    conv_first_layer_gradient_kernel(const WeightGradient<Activation<T>, Gradient, Tiling> conv) {
   using Math = typename Tile::Math;
   constexpr int kLanes = Math::kLanes;
   int4* const positions = dynamic_shared<int4>();

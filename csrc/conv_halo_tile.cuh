@@ -223,8 +223,15 @@ __device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT
       if (pixel.inside && k < epilogue.K) epilogue.store(pixel, k, v);
     } else {
       if constexpr (Epilogue::kStatistics && !Epilogue::kOfGradient) {
-        if (mt == 0) {
+        if (mt == 0) {  // the mean of four: one pixel may be far from that of all, and squares about it large
+          float others[3][4];
           staged(0, pivot);
+#pragma unroll
+          for (int i = 0; i < 3; ++i) staged(5 * (i + 1), others[i]);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            pivot[j] = 0.25f * ((pivot[j] + others[0][j]) + (others[1][j] + others[2][j]));
+          }
           epilogue.finish(pivot, bias);
         }
       }

@@ -249,7 +249,9 @@ struct SpreadTiling : Tiling {
     return row < tile_rows ? i + 2 * pitch * quotient(at.p + row, inv_stack) : i & 7;
   }
 
+  /// As Tiling's, of at most kMaxPixels pixels; without tiles if there would be more.
   static SpreadTiling choose(const ConvSize& s, bool pooled, int max_pixels, int max_patch) {
+    if (max_pixels > kMaxPixels) return {};
     SpreadTiling spread{Tiling::choose(s, pooled, max_pixels, max_patch, /*spread=*/true), {}};
     // A 2x2 window is four pixels of the order and takes four of the eight places: its first pixel's column
     // is even and rows of windows are 0 modulo 8 apart, so that it takes 0, 1, 4 and 5, or else 2, 3, 6

@@ -199,9 +199,9 @@ __device__ __forceinline__ float4 share_out(const float (&v)[kValues], int lane)
   }
 }
 
-template <class Source, class Gradient>
+template <class Source, class Gradient, class AnyTiling = SpreadTiling>
 struct WeightGradient {
-  SpreadTiling tiling;
+  AnyTiling tiling;
   Source x;
   Gradient gradient;
   int C, K;
@@ -470,26 +470,26 @@ inline int64_t weight_gradient_bytes(const ConvCall& call) {
          static_cast<int64_t>(sizeof(float));
 }
 
-template <class Tile, class Source, class Gradient>
-cudaError_t launch_weight_gradient(void (*kernel)(WeightGradient<Source, Gradient>), const ConvCall& call,
-                                   const Source& x, const Gradient& gradient, float* dweight, float* dbias,
-                                   void* workspace, cudaStream_t stream) {
+template <class Tile, class Source, class Gradient, class AnyTiling>
+cudaError_t launch_weight_gradient(void (*kernel)(WeightGradient<Source, Gradient, AnyTiling>),
+                                   const ConvCall& call, const Source& x, const Gradient& gradient,
+                                   float* dweight, float* dbias, void* workspace, cudaStream_t stream) {
   const ConvSize& s = call.size;
-  const SpreadTiling tiling = SpreadTiling::choose(s, false, Tile::kPixels, Tile::kMaxPatch);
+  const AnyTiling tiling = AnyTiling::choose(s, false, Tile::kPixels, Tile::kMaxPatch);
   if (tiling.tile_cols == 0) return cudaErrorInvalidValue;
   // At least four tiles a block, whose sums are then not more memory than its input.
   const int64_t splits = std::min<int64_t>(most_gradient_splits(call), (tiling.tiles + 3) / 4);
   float* const sums = static_cast<float*>(workspace);
   float* const bias_sums = sums + splits * kTaps * s.C * s.K;
   if (splits > 0) {
-    const WeightGradient<Source, Gradient> conv{.tiling = tiling,
-                                                .x = x,
-                                                .gradient = gradient,
-                                                .C = static_cast<int>(s.C),
-                                                .K = static_cast<int>(s.K),
-                                                .splits = static_cast<int>(splits),
-                                                .dweight = sums,
-                                                .dbias = bias_sums};
+    const WeightGradient<Source, Gradient, AnyTiling> conv{.tiling = tiling,
+                                                           .x = x,
+                                                           .gradient = gradient,
+                                                           .C = static_cast<int>(s.C),
+                                                           .K = static_cast<int>(s.K),
+                                                           .splits = static_cast<int>(splits),
+                                                           .dweight = sums,
+                                                           .dbias = bias_sums};
     const int64_t blocks =
         splits * (round_up(s.C, Tile::kTileC) / Tile::kTileC) * (round_up(s.K, Tile::kTileK) / Tile::kTileK);
     const cudaError_t error = launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
