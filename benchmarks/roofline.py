@@ -434,7 +434,7 @@ class Pass:
         if self.is_by_wgmma(gpu):
             filters = 9 * slabs * columns * ROW
             resident = columns == 64 and filters <= WGMMA_FILTER
-            together = 1 if columns == 64 and filters <= MIDDLE_FILTER else 2
+            together = 2 if resident and filters > MIDDLE_FILTER else 1
             kernel = (
                 f"conv_halo_wgmma_kernel<WgmmaTile<{math_}, {columns}, {together}, {str(resident).lower()}>"
             )

@@ -195,12 +195,12 @@ __global__ void __launch_bounds__(kNormThreads, 3)
   }
 }
 
-/// parts [count][K] -> dgamma, dbeta [K], and what BatchNormReluGradient takes of each of `channels`.
+/// parts [count][K] -> dgamma, dbeta [K], and BatchNormReluGradient's coefficients of `channels`.
 template <class Part>
 __global__ void __launch_bounds__(kNormThreads, 6)
     finish_gradients_kernel(const Part* parts, int count, double pixels, const float* gamma,
                             const float* beta, const float* mean, const float* var, double eps, int K,
-                            int channels, float* dgamma, float* dbeta, float4* channel, float* mean_g) {
+                            int channels, float* dgamma, float* dbeta, float* coefficients) {
   const int k = static_cast<int>(blockIdx.x * kChannelThreads + threadIdx.x);
   double g = 0.0, gz = 0.0;
   if (k < K) {
@@ -212,18 +212,16 @@ __global__ void __launch_bounds__(kNormThreads, 6)
   }
   const double2 total = add_groups(g, gz, dynamic_shared<double2>());
   if (threadIdx.y != 0 || k >= channels) return;
-  if (k >= K) {
-    channel[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    mean_g[k] = 0.0f;
-    return;
-  }
+  const auto store = [=](const float (&of)[5]) {
+    for (int i = 0; i < 5; ++i) coefficients_of<5>(coefficients, k)[i * kCoefficientGroup] = of[i];
+  };
+  if (k >= K) return store({});
   const double inv_std = 1.0 / sqrt(var[k] + eps), sum_g_zhat = total.y * inv_std;
   const float scale = scale_of(gamma[k], var[k], eps);
   dgamma[k] = static_cast<float>(sum_g_zhat);
   dbeta[k] = static_cast<float>(total.x);
-  channel[k] =
-      make_float4(mean[k], scale, beta[k], static_cast<float>(-scale * inv_std * sum_g_zhat / pixels));
-  mean_g[k] = static_cast<float>(total.x / pixels);
+  store({mean[k], scale, beta[k], static_cast<float>(-scale * inv_std * sum_g_zhat / pixels),
+         static_cast<float>(total.x / pixels)});
 }
 
 // ---- launching -----------------------------------------------------------------------------------
@@ -231,7 +229,7 @@ __global__ void __launch_bounds__(kNormThreads, 6)
 constexpr int64_t kMostParts = 512;  // four blocks on each of 128 processors
 constexpr size_t kAddBytes = kChannelThreads * kGroupThreads * sizeof(double2);
 
-inline int64_t moment_parts(int64_t tiles) { return std::clamp<int64_t>(tiles / 64, 1, 64); }
+inline int64_t moment_parts(int64_t tiles) { return std::clamp<int64_t>(tiles / 64, 1, kMostParts); }
 inline int64_t gradient_parts(int64_t pixels) { return std::clamp<int64_t>(pixels / 256, 1, kMostParts); }
 inline unsigned channel_blocks(int64_t K, int64_t threads) {
   return static_cast<unsigned>((K + threads - 1) / threads);

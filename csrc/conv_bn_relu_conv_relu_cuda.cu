@@ -26,10 +26,9 @@ struct ForwardWorkspace {
 };
 
 struct BackwardWorkspace {
-  void* g;  // [N,P,Q,K] of the first convolution's output
-  float* coefficients;
-  float4* channel;
-  float* mean_g;
+  void* g;                       // [N,P,Q,K] of the first convolution's output
+  float* coefficients;           // BatchNormRelu's
+  float* gradient_coefficients;  // BatchNormReluGradient's
   float* moments;
   int* counts;
   double2* parts;
@@ -43,8 +42,7 @@ struct BackwardWorkspace {
     const int64_t element = first.dtype == DataType::kBfloat16 ? 2 : 4;
     g = rest.take<unsigned char>(element * first.size.N * first.size.P * first.size.Q * K);
     coefficients = rest.take<float>(3 * padded_channels(K));
-    channel = rest.take<float4>(padded_channels(K));
-    mean_g = rest.take<float>(padded_channels(K));
+    gradient_coefficients = rest.take<float>(5 * padded_channels(K));
     moments = rest.take<float>(tiles * 3 * K);
     counts = rest.take<int>(tiles);
     parts = rest.take<double2>(moment_parts(tiles) * K);
@@ -52,16 +50,16 @@ struct BackwardWorkspace {
   }
 };
 
-/// BatchNormRelu's coefficients, [channels/4][mean, scale, beta][4], zeros from K on.
+/// BatchNormRelu's coefficients of `channels`, zeros from K on.
 __global__ void __launch_bounds__(kNormThreads, 6)
     coefficients_kernel(const float* gamma, const float* beta, const float* mean, const float* var,
                         double eps, int K, int channels, float* coefficients) {
   const int k = static_cast<int>(blockIdx.x * kNormThreads + threadIdx.x);
   if (k >= channels) return;
-  float* const of = coefficients + k / 4 * 12 + k % 4;
+  float* const of = coefficients_of<3>(coefficients, k);
   of[0] = k < K ? mean[k] : 0.0f;
-  of[4] = k < K ? scale_of(gamma[k], var[k], eps) : 0.0f;
-  of[8] = k < K ? beta[k] : 0.0f;
+  of[kCoefficientGroup] = k < K ? scale_of(gamma[k], var[k], eps) : 0.0f;
+  of[2 * kCoefficientGroup] = k < K ? beta[k] : 0.0f;
 }
 
 cudaError_t launch_coefficients(const float* gamma, const float* beta, const float* mean, const float* var,
@@ -165,13 +163,12 @@ cudaError_t launch_conv_bn_relu_conv_relu_backward(
     error = launch(&finish_gradients_kernel<double2>, dim3(channel_blocks(channels, kChannelThreads)),
                    dim3(kChannelThreads, kGroupThreads), kAddBytes, stream, room.parts,
                    static_cast<int>(parts), static_cast<double>(pixels), gamma, beta, mean, var, eps, K,
-                   channels, dgamma, dbeta, room.channel, room.mean_g);
+                   channels, dgamma, dbeta, room.gradient_coefficients);
     if (error != cudaSuccess) return error;
     // g has passed the ReLU already; that it passes it again changes nothing.
     const BatchNormReluGradient<T> gradient{.dy = g,
                                             .z = source.z,
-                                            .channel = room.channel,
-                                            .mean_g = room.mean_g,
+                                            .coefficients = room.gradient_coefficients,
                                             .H = source.H,
                                             .W = source.W,
                                             .C = K,

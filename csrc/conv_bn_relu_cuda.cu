@@ -10,16 +10,14 @@ namespace maskcore {
 namespace {
 
 struct BackwardWorkspace {
-  float4* channel;
-  float* mean_g;
+  float* coefficients;
   float2* parts;
   Pieces rest;
   int64_t bytes;
 
   BackwardWorkspace(const ConvCall& call, void* memory) : rest{static_cast<unsigned char*>(memory)} {
     const ConvSize& s = call.size;
-    channel = rest.take<float4>(padded_channels(s.K));
-    mean_g = rest.take<float>(padded_channels(s.K));
+    coefficients = rest.take<float>(5 * padded_channels(s.K));
     parts = rest.take<float2>(gradient_parts(s.N * s.P * s.Q) * s.K);
     bytes = rest.used + backward_bytes(call);
   }
@@ -79,13 +77,12 @@ cudaError_t launch_conv_bn_relu_train_backward(const ConvCall& call, const void*
         launch(&finish_gradients_kernel<float2>, dim3(channel_blocks(padded_channels(s.K), kChannelThreads)),
                dim3(kChannelThreads, kGroupThreads), kAddBytes, stream, room.parts, static_cast<int>(parts),
                static_cast<double>(pixels), gamma, beta, mean, var, eps, K,
-               static_cast<int>(padded_channels(s.K)), dgamma, dbeta, room.channel, room.mean_g);
+               static_cast<int>(padded_channels(s.K)), dgamma, dbeta, room.coefficients);
     if (error != cudaSuccess) return error;
 
     const BatchNormReluGradient<T> gradient{.dy = dy_data,
                                             .z = z_data,
-                                            .channel = room.channel,
-                                            .mean_g = room.mean_g,
+                                            .coefficients = room.coefficients,
                                             .H = static_cast<int>(s.P),
                                             .W = static_cast<int>(s.Q),
                                             .C = K,

@@ -58,6 +58,8 @@ __device__ __forceinline__ void load_bias(const float* bias, int k, int K, float
   for (int i = 0; i < 4; ++i) b[i] = bias != nullptr && k + i < K ? bias[k + i] : 0.0f;
 }
 
+// Of an epilogue's channels k..k+3, which a lane has for all pixels of a tile: OfChannels, once loaded.
+
 /// y = sum + bias, and kRelu's maximum with 0. kStatistics: of each tile and channel also a pivot, the sum of
 /// y - pivot and of its square (the kernel takes them, batch_norm.cuh merges them).
 template <class T, bool kRelu_, bool kStatistics_ = false>
@@ -71,10 +73,14 @@ struct StoreOutput {
   float* moments;  // [tiles][3][K]
   int* counts;     // [tiles] pixels
 
-  __device__ __forceinline__ void finish(float (&v)[4], const float (&b)[4]) const {
+  struct OfChannels {
+    float bias[4];
+  };
+  __device__ __forceinline__ void load(OfChannels& of, int k) const { load_bias(bias, k, K, of.bias); }
+  __device__ __forceinline__ void finish(float (&v)[4], const OfChannels& of) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      v[i] += b[i];
+      v[i] += of.bias[i];
       if constexpr (kRelu_) v[i] = relu(v[i]);
     }
   }
@@ -97,22 +103,34 @@ struct ReluSumsOutput {
   float* moments;  // [tiles][3][K]
   int* counts;     // [tiles] pixels
 
-  __device__ __forceinline__ void store(const Pixel& pixel, int k, float (&v)[4], float (&sum)[4],
+  struct OfChannels {
+    float mean[4], scale[4], beta[4];
+  };
+  __device__ __forceinline__ void load(OfChannels& of, int k) const {
+    if (k >= K) return;
+    const float* const from = coefficients_of<3>(coefficients, k);
+    load_four(from, 4, true, of.mean);
+    load_four(from + kCoefficientGroup, 4, true, of.scale);
+    load_four(from + 2 * kCoefficientGroup, 4, true, of.beta);
+  }
+  __device__ __forceinline__ void prefetch(const Pixel& pixel, int k) const {
+    if (pixel.inside && k < K) prefetch_l2(z + pixel.element(P, Q, K, k));
+  }
+  /// z of a pixel.
+  __device__ __forceinline__ void fetch(const Pixel& pixel, int k, float (&z_in)[4]) const {
+    load_four(z + pixel.element(P, Q, K, k), K - k, aligned, z_in);
+  }
+  __device__ __forceinline__ void store(const Pixel& pixel, int k, const OfChannels& of,
+                                        const float (&z_in)[4], float (&v)[4], float (&sum)[4],
                                         float (&products)[4]) const {
-    const int64_t i = pixel.element(P, Q, K, k);
-    float z_in[4], mean[4], scale[4], beta[4];
-    load_four(z + i, K - k, aligned, z_in);
-    load_four(coefficients + 3 * k, 4, true, mean);
-    load_four(coefficients + 3 * k + 4, 4, true, scale);
-    load_four(coefficients + 3 * k + 8, 4, true, beta);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float d = z_in[j] - mean[j];
-      v[j] = relu_gradient(v[j], fmaf(scale[j], d, beta[j]));
+      const float d = z_in[j] - of.mean[j];
+      v[j] = relu_gradient(v[j], fmaf(of.scale[j], d, of.beta[j]));
       sum[j] += v[j];
       products[j] = fmaf(v[j], d, products[j]);
     }
-    store_channels(g + i, v, K - k, aligned);
+    store_channels(g + pixel.element(P, Q, K, k), v, K - k, aligned);
   }
 };
 
@@ -128,9 +146,14 @@ struct MaxPoolOutput {
   int P, Q, K;        // P and Q even
   bool aligned;
 
-  __device__ __forceinline__ void store(const Pixel& pixel, int k, const float (&v)[4][4]) const {
-    float b[4], best[4];
-    load_bias(bias, k, K, b);
+  struct OfChannels {
+    float bias[4];
+  };
+  __device__ __forceinline__ void load(OfChannels& of, int k) const { load_bias(bias, k, K, of.bias); }
+  __device__ __forceinline__ void store(const Pixel& pixel, int k, const OfChannels& of,
+                                        const float (&v)[4][4]) const {
+    const float (&b)[4] = of.bias;
+    float best[4];
     uint32_t places = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -337,7 +337,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     const Tiling::Position at = Tiling::load(positions + turn);
     PicturePatch<Tile, T> next;
     const bool more = tile + 1 < end;
-    if (more) next.start(conv.x, tiling, Tiling::load(positions + (turn ^ 1)));
+    if (more) {
+      const Tiling::Position at_next = Tiling::load(positions + (turn ^ 1));
+      next.start(conv.x, tiling, at_next);
+      prefetch_channels(conv.gradient, tiling.output(at_next, tiling.place<false>(thread)), k0, Tile::kTileK);
+    }
     const bool there = tiling.output(at, tiling.place<false>(thread)).inside;
     const float* const window = patches + turn * Tile::kPatchFloats +
                                 tiling.window(at, tiling.place<false>(thread)) * Tile::kChannels;

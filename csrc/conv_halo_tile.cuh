@@ -174,6 +174,20 @@ struct PatchLoader {
     return place.number < tiling.patch_pixels * kRowChunks;
   }
 
+  // Items that go through registers are asked for and stored in the last taps of a slab: until then what they
+  // read, which the first tap has asked for, is in L2.
+  static constexpr int kFirstTap = Item<Math, Source>::kMayCopy ? 0 : kTaps - Tile::kItems;
+  __device__ __forceinline__ void prefetch(const Tiling::Position& at, int slab) const {
+    if constexpr (!Item<Math, Source>::kMayCopy) {
+      const int thread = fresh_thread() % Tile::kLoaders;
+#pragma unroll
+      for (int i = 0; i < (kPatchPixels + Tile::kLoaders - 1) / Tile::kLoaders; ++i) {
+        const int pixel = thread + i * Tile::kLoaders;
+        if (pixel < tiling.patch_pixels) source.prefetch(tiling.input(at, pixel), slab * Tile::kSlab);
+      }
+    }
+  }
+
   using OneItem = Item<Math, Source>;
   __device__ __forceinline__ void start(OneItem& item, const Tiling::Position& at, int slab, int i,
                                         unsigned char* patch) const {
@@ -188,6 +202,20 @@ struct PatchLoader {
   }
 };
 
+/// Asks for what the epilogue will read of a tile: kTileN channels of each of its pixels.
+template <class Tile, class AnyTiling, class Epilogue>
+__device__ __forceinline__ void prefetch_outputs(const AnyTiling& tiling, const Tiling::Position& at,
+                                                 const Epilogue& epilogue, int k0) {
+  if constexpr (Epilogue::kOfGradient) {
+    constexpr int kInLine = 128 / static_cast<int>(sizeof(*epilogue.z)),
+                  kLines = (Tile::kTileN + kInLine - 1) / kInLine;
+    for (int i = fresh_thread() % Tile::kLoaders; i < kLines * kTilePixels; i += Tile::kLoaders) {
+      const Pixel pixel = tiling.output(at, tiling.template place<false>(i % kTilePixels));
+      epilogue.prefetch(pixel, k0 + i / kTilePixels * kInLine);
+    }
+  }
+}
+
 /// One warp's sums, four channels a lane and 16 pixels a turn, through `stage` to the epilogue. With
 /// kStatistics, pivot and sums over the warp's pixels go to `record`, [3][kTileN] from the warp's first
 /// channel on, and the number of pixels to `count`.
@@ -197,11 +225,22 @@ __device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT
                                            int k0, float* stage, float* record, float* count) {
   const int lane = threadIdx.x % 32, g = lane >> 2, t = lane & 3;
   const int k = k0 + 4 * (lane & 7);
-  [[maybe_unused]] float bias[4];
-  if constexpr (!Epilogue::kWindows && !Epilogue::kOfGradient) load_bias(epilogue.bias, k, epilogue.K, bias);
+  typename Epilogue::OfChannels of_channels;
+  epilogue.load(of_channels, k);
   [[maybe_unused]] float pivot[4] = {}, sum[4] = {}, squares[4] = {}, pixels = 0.0f;
 #pragma unroll
   for (int mt = 0; mt < Tile::MT; ++mt) {
+    const auto pixel_of = [&](int i) {
+      return tiling.output(at, tiling.template place<false>(m0 + 16 * mt + 4 * i + (lane >> 3)));
+    };
+    [[maybe_unused]] float z[4][4];  // all on their way while the sums are staged
+    if constexpr (Epilogue::kOfGradient) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Pixel pixel = pixel_of(i);
+        if (pixel.inside && k < epilogue.K) epilogue.fetch(pixel, k, z[i]);
+      }
+    }
     __syncwarp();
 #pragma unroll
     for (int nt = 0; nt < Tile::NT; ++nt) {
@@ -220,7 +259,7 @@ __device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT
       float v[4][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) staged(row + i, v[i]);
-      if (pixel.inside && k < epilogue.K) epilogue.store(pixel, k, v);
+      if (pixel.inside && k < epilogue.K) epilogue.store(pixel, k, of_channels, v);
     } else {
       if constexpr (Epilogue::kStatistics && !Epilogue::kOfGradient) {
         if (mt == 0) {  // the mean of four: one pixel may be far from that of all, and squares about it large
@@ -232,20 +271,19 @@ __device__ __forceinline__ void store_warp(const float (&acc)[Tile::MT][Tile::NT
           for (int j = 0; j < 4; ++j) {
             pivot[j] = 0.25f * ((pivot[j] + others[0][j]) + (others[1][j] + others[2][j]));
           }
-          epilogue.finish(pivot, bias);
+          epilogue.finish(pivot, of_channels);
         }
       }
-#pragma unroll 1
+#pragma unroll(Epilogue::kOfGradient ? 4 : 1)
       for (int i = 0; i < 4; ++i) {
-        const int row = 4 * i + (lane >> 3);
-        const Pixel pixel = tiling.output(at, tiling.template place<false>(m0 + 16 * mt + row));
+        const Pixel pixel = pixel_of(i);
         float v[4];
-        staged(row, v);
+        staged(4 * i + (lane >> 3), v);
         const bool there = pixel.inside && k < epilogue.K;
         if constexpr (Epilogue::kOfGradient) {
-          if (there) epilogue.store(pixel, k, v, sum, squares);
+          if (there) epilogue.store(pixel, k, of_channels, z[i], v, sum, squares);
         } else {
-          epilogue.finish(v, bias);
+          epilogue.finish(v, of_channels);
           if (there) epilogue.store(pixel, k, v);
         }
         if constexpr (Epilogue::kStatistics && !Epilogue::kOfGradient) {
@@ -404,10 +442,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         if (!Tile::kResident && step + conv.stages - 1 < steps) {
           load_filter(step + conv.stages - 1, slot == 0 ? conv.stages - 1 : slot - 1);
         }
-        const bool loads = load_slab < conv.slabs && tap < Tile::kItems;
+        if (tap == 0) {
+          if (load_slab < conv.slabs) loader.prefetch(Tiling::load(positions + load_turn), load_slab);
+          if (slab == 0)
+            prefetch_outputs<Tile>(tiling, Tiling::load(positions + turn), conv.epilogue, k_first);
+        }
+        const int number = tap - PatchLoader<Tile, Source>::kFirstTap;
+        const bool loads = load_slab < conv.slabs && number >= 0 && number < Tile::kItems;
         Item<Math, Source> item;  // of this step: it takes no registers after it
         if (loads)
-          loader.start(item, Tiling::load(positions + load_turn), load_slab, tap,
+          loader.start(item, Tiling::load(positions + load_turn), load_slab, number,
                        shared + (kPatchBytes - patch));
         cp_async_commit();
         const unsigned char* filter =
@@ -415,7 +459,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         multiply_rows<Math>(acc, shared + patch, windows[first_named_row<Math>(lane)], offset, filter, lane);
         offset += tap == 2 || tap == 5 ? tiling.pitch - 2 : 1;  // r pitch + s of tap 3 r + s
         if (loads && !Item<Math, Source>::copies(conv.source))
-          loader.finish(item, load_slab, tap, shared + (kPatchBytes - patch));
+          loader.finish(item, load_slab, number, shared + (kPatchBytes - patch));
         slot = slot + 1 == conv.stages ? 0 : slot + 1;
       }
       patch = kPatchBytes - patch;

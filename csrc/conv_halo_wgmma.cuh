@@ -46,9 +46,8 @@ struct WgmmaTile {
   static constexpr int kSlab = kRowChunks * Math::kLanes;  // channels
   static constexpr int kTapBytes = kTileN * kRowBytes;
   static constexpr int kFilterItems = (kTileN * kRowChunks + kThreads - 1) / kThreads;
-  static constexpr int kStages = 4, kAhead = kStages - 2;
+  static constexpr int kRowTaps = 3;  // of a filter's row, which arrive together
   static constexpr int kItems = (kPatchPixels * kRowChunks + kLoaders - 1) / kLoaders;
-  static_assert(kItems <= kTaps - kAhead, "a patch's items must be waited for before its first tap");
   static_assert(kTapBytes % 512 == 0 && kTileN <= kLoaders);
   // Behind the filters and the patches.
   static constexpr int kPositionBytes = 2 * 16 * kTiles;
@@ -59,7 +58,7 @@ struct WgmmaTile {
   static constexpr int kBehindBytes = (kWarpsM - kWarpsOverPatch) * kStageBytes + kRecordBytes;
   static constexpr int kBytesOfTiles = kTiles * (2 * kPatchBytes + (kResident ? kBehindBytes : 0));
   static_assert(kTiles * (kWarpsM * kStageBytes + kRecordBytes) <=
-                kStages * kTapBytes + kTiles * 2 * kPatchBytes);
+                kTaps * kTapBytes + kTiles * 2 * kPatchBytes);
 
   static constexpr int shared_bytes(int filter_bytes) {
     return filter_bytes + kBytesOfTiles + kPositionBytes;
@@ -77,22 +76,29 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int of_block = Tile::kTiles == 1 ? 0 : thread / Tile::kLoaders;  // which of its tiles
   // Filters, each tile's patches, positions of these tiles and of the next ones, room for sums.
   unsigned char* const filters = dynamic_shared<unsigned char>();
-  unsigned char* const tiles = filters + (Tile::kResident ? steps : Tile::kStages) * Tile::kTapBytes;
+  unsigned char* const tiles = filters + (Tile::kResident ? steps : kTaps) * Tile::kTapBytes;
   unsigned char* const patches = tiles + of_block * 2 * kPatchBytes;
   int4* const positions = reinterpret_cast<int4*>(tiles + Tile::kTiles * 2 * kPatchBytes) + 2 * of_block;
   // Blocks that share a tile of pixels are neighbours, so that its input stays in L2.
   const int k_tiles = conv.filter_rows / Tile::kTileN;
   const int k_first = static_cast<int>(blockIdx.x) % k_tiles * Tile::kTileN;
 
+  // The filter of a row of taps, of which `step` is the first.
   const auto load_filter = [&](int step, int slot) {
-    const uint4* const from =
+    const int thread = fresh_thread();
+    if (Tile::kTileN * kRowChunks < Tile::kThreads && thread >= Tile::kTileN * kRowChunks) return;
+    const uint4* from =
         conv.filter + (static_cast<int64_t>(step) * conv.filter_rows + k_first) * kRowChunks + thread;
     unsigned char* const to =
         filters + slot * Tile::kTapBytes + swizzled(thread / kRowChunks, thread % kRowChunks);
-    if (Tile::kTileN * kRowChunks < Tile::kThreads && thread >= Tile::kTileN * kRowChunks) return;
 #pragma unroll
-    for (int i = 0; i < Tile::kFilterItems; ++i) {
-      cp_async_16(to + i * Tile::kThreads / kRowChunks * kRowBytes, from + i * Tile::kThreads);
+    for (int tap = 0; tap < Tile::kRowTaps; ++tap) {
+#pragma unroll
+      for (int i = 0; i < Tile::kFilterItems; ++i) {
+        cp_async_16(to + tap * Tile::kTapBytes + i * Tile::kThreads / kRowChunks * kRowBytes,
+                    from + i * Tile::kThreads);
+      }
+      from += conv.filter_rows * kRowChunks;
     }
   };
 
@@ -104,10 +110,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     const int turn = thread % Tile::kLoaders;
     tiling.store_position(tile + turn * stride, positions + turn, k_first);
   }
-  if constexpr (Tile::kResident) {
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) load_filter(step, step);
-  }
+  for (int step = 0; step < (Tile::kResident ? steps : 1); step += Tile::kRowTaps) load_filter(step, step);
   const Tiling::Position first = tiling.position(tile);
 #pragma unroll 1
   for (int i = 0; i < Tile::kItems; ++i) {
@@ -115,11 +119,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     loader.start(item, first, 0, i, patches);
     loader.finish(item, 0, i, patches);
   }
-#pragma unroll 1
-  for (int step = 0; step < Tile::kAhead; ++step) {
-    if (!Tile::kResident) load_filter(step, step);
-    cp_async_commit();
-  }
+  cp_async_commit();
 
   const uint64_t of_filters = wgmma_rows_of_64(filters);
   int patch = 0;  // where that in use begins; the other one is being filled
@@ -129,48 +129,62 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     const int window = tiling.any_window(Tiling::load(positions + turn), 16 * warp + lane % 16);
     const bool last_tile = !Tile::kResident || tile - of_block + stride >= tiling.tiles;
     float acc[Tile::kTileN / 8][4] = {};
-    uint32_t fragments[2][2][4];
+    uint32_t fragments[2][2][4];  // of a tap and of the next one
 #pragma unroll 1
     for (int slab = 0; slab < conv.slabs; ++slab) {
       const bool next_tile = slab + 1 == conv.slabs && !last_tile;
       const int load_slab = next_tile ? 0 : slab + 1, load_turn = next_tile ? turn ^ 1 : turn;
       const bool loads = load_slab < conv.slabs;
       unsigned char* const next = patches + (kPatchBytes - patch);
-#pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) {
-        if (!Tile::kResident || tap == 0) {
-          cp_async_wait<Tile::kResident ? 0 : Tile::kAhead - 1>();
-          wgmma_operand_fence();
-          __syncthreads();
-        }
-        const int step = slab * kTaps + tap;
-        if (!Tile::kResident && step + Tile::kAhead < steps) {
-          load_filter(step + Tile::kAhead, (step + Tile::kAhead) % Tile::kStages);
-        }
-        Item<Math, Source> item;  // of this step: it takes no registers after it
-        if (tap < Tile::kItems && loads) {
-          loader.start(item, Tiling::load(positions + load_turn), load_slab, tap, next);
-        }
-        if (!Tile::kResident || tap < Tile::kItems) cp_async_commit();
-        uint32_t (&a)[2][4] = fragments[tap % 2];
-        // Of 128 columns the sums leave no room for every tap's rows.
-        const int begin = Tile::kTileN == 128 ? in_a_register(window) : window;
+      const auto load_rows = [&](int tap) {
+        constexpr bool kFewRegisters =
+            Tile::kTileN == 128 || Tile::kTiles == 2;  // none for the rows of all taps
+        const int begin = kFewRegisters ? in_a_register(window) : window;
         const int row = begin + tap / 3 * tiling.pitch + tap % 3;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          ldmatrix_x4(a[i], patches + patch + swizzled(row, 2 * i + (lane >> 4)));
-          Math::round(a[i]);
+          uint32_t (&a)[4] = fragments[tap % 2][i];
+          ldmatrix_x4(a, patches + patch + swizzled(row, 2 * i + (lane >> 4)));
+          Math::round(a);
         }
-        const int filter = (Tile::kResident ? step : step % Tile::kStages) * Tile::kTapBytes;
+      };
+#pragma unroll
+      for (int tap = 0; tap < kTaps; ++tap) {
+        const int step = slab * kTaps + tap;
+        if (Tile::kResident ? tap == 0 : tap % Tile::kRowTaps == 0) {
+          cp_async_wait<0>();
+          wgmma_operand_fence();
+          __syncthreads();
+          if (!Tile::kResident && step + Tile::kRowTaps < steps) {
+            load_filter(step + Tile::kRowTaps, (tap + Tile::kRowTaps) % kTaps);
+          }
+        }
+        if (tap == 0) {
+          load_rows(0);
+          if (loads) loader.prefetch(Tiling::load(positions + load_turn), load_slab);
+          if (slab == 0)
+            prefetch_outputs<Tile>(tiling, Tiling::load(positions + turn), conv.epilogue, k_first);
+        }
+        const int number = tap - PatchLoader<Tile, Source>::kFirstTap;
+        const bool has_item = number >= 0 && number < Tile::kItems;
+        Item<Math, Source> item;  // of this step: it takes no registers after it
+        if (has_item && loads) {
+          loader.start(item, Tiling::load(positions + load_turn), load_slab, number, next);
+        }
+        if (tap % Tile::kRowTaps == Tile::kRowTaps - 1) cp_async_commit();
+        const int filter = (Tile::kResident ? step : tap) * Tile::kTapBytes;
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < 2; ++i) Math::wgmma(acc, a[i], of_filters + ((filter + 32 * i) >> 4));
+        for (int i = 0; i < 2; ++i) {
+          Math::wgmma(acc, fragments[tap % 2][i], of_filters + ((filter + 32 * i) >> 4));
+        }
         wgmma_commit();
-        if (tap < Tile::kItems && loads && !Item<Math, Source>::copies(conv.source)) {
-          loader.finish(item, load_slab, tap, next);
+        if (has_item && loads && !Item<Math, Source>::copies(conv.source)) {
+          loader.finish(item, load_slab, number, next);
         }
         if (tap + 1 < kTaps) {
-          wgmma_wait<1>();
+          wgmma_wait<1>();  // the other fragments may be written
+          load_rows(tap + 1);
         } else {
           wgmma_wait_for(acc);
         }
@@ -230,7 +244,7 @@ cudaError_t launch_halo_wgmma(const ConvCall& call, const ConvSize& s, const flo
   if (error != cudaSuccess) return error;
   int64_t blocks =
       round_up(conv.tiling.tiles, Tile::kTiles) / Tile::kTiles * (conv.filter_rows / Tile::kTileN);
-  int64_t filter = Tile::kStages * Tile::kTapBytes;
+  int64_t filter = kTaps * Tile::kTapBytes;
   if constexpr (Tile::kResident) {
     filter = block_filter_bytes<Tile>(s);
     blocks = std::min<int64_t>(blocks, call.multiprocessors * Tile::kBlocks);
@@ -251,8 +265,8 @@ cudaError_t convolve_halo_wgmma(const ConvCall& call, const ConvSize& s, const f
   const auto with = [&]<class Tile>(Tile*) {
     return launch_halo_wgmma<Tile>(call, s, weight, turned, conv, stream);
   };
-  if (s.K > 64) return with(static_cast<WgmmaTile<Math, 128, 2>*>(nullptr));
-  using Streaming = WgmmaTile<Math, 64, 2>;
+  if (s.K > 64) return with(static_cast<WgmmaTile<Math, 128, 1>*>(nullptr));
+  using Streaming = WgmmaTile<Math, 64, 1>;
   const int64_t filter_bytes = block_filter_bytes<Streaming>(s);
   if (filter_bytes <= kWgmmaOneTileFilterBytes) {
     return with(static_cast<WgmmaTile<Math, 64, 1, true>*>(nullptr));

@@ -7,8 +7,8 @@
 
 namespace maskcore {
 
-/// Channels of what is loaded a packet at a time.
-inline int64_t padded_channels(int64_t K) { return round_up(K, BatchNormReluGradient<float>::kChannelAlign); }
+/// Channels that have coefficients.
+inline int64_t padded_channels(int64_t K) { return round_up(K, kCoefficientGroup); }
 
 /// Tiles of a convolution's pixels that are not pooled, as its kernel cuts them: that of pictures, or one of
 /// halo tiles (a SpreadTiling, which may be of another number).

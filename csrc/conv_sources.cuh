@@ -89,6 +89,15 @@ __device__ __forceinline__ uint32_t relu_gradient(uint32_t dy, uint32_t y) {
   return dy & sign_masks<1, 3>(max_nan_bf16(y, 0u) + 0x7fff7fffu);
 }
 
+/// Where the first of a channel's kNumbers coefficients is; the others are kCoefficientGroup floats apart, so
+/// that lanes read the same one of adjacent channels from one line. Whole groups, with zeros past the last
+/// channel.
+constexpr int kCoefficientGroup = 32;
+template <int kNumbers, class Float>
+__host__ __device__ __forceinline__ Float* coefficients_of(Float* coefficients, int c) {
+  return coefficients + c / kCoefficientGroup * (kNumbers * kCoefficientGroup) + c % kCoefficientGroup;
+}
+
 /// A tensor as it lies in memory.
 template <class T>
 struct Activation {
@@ -104,6 +113,10 @@ struct Activation {
   };
 
   __device__ __forceinline__ int number(const Pixel& pixel) const { return pixel.number(H, W); }
+  template <class From>
+  __device__ __forceinline__ void prefetch(const From& pixel, int c) const {
+    if (pixel.inside && c < C) prefetch_l2(at(pixel, c));
+  }
   template <class From>
   __device__ __forceinline__ const T* at(const From& pixel, int c) const {
     return x + pixel.element(H, W, C, c);
@@ -131,7 +144,7 @@ struct BatchNormRelu {
   using Element = T;
   static constexpr bool kPlain = false;
   const T* z;                 // [N,H,W,C], the convolution's output
-  const float* coefficients;  // of four channels each mean, scale, beta; zeros up to kChannelAlign channels
+  const float* coefficients;  // mean, scale, beta
   int H, W, C;
   bool aligned;
 
@@ -140,6 +153,11 @@ struct BatchNormRelu {
     Packet<T, kLanes> z;
     bool there;
   };
+
+  template <class From>
+  __device__ __forceinline__ void prefetch(const From& pixel, int c) const {
+    if (pixel.inside && c < C) prefetch_l2(z + pixel.element(H, W, C, c));
+  }
 
   __device__ __forceinline__ int number(const Pixel& pixel) const { return pixel.number(H, W); }
   template <int kLanes, class From>
@@ -180,10 +198,10 @@ struct BatchNormRelu {
   __device__ __forceinline__ void normalize(const Fetched<kLanes>& fetched, int c, int i,
                                             float (&out)[4]) const {
     Packet<float, 4> mean, scale, beta;
-    const float* const of = coefficients + 3 * (c + i);
+    const float* const of = coefficients_of<3>(coefficients, c) + i;
     mean.load_aligned(of);
-    scale.load_aligned(of + 4);
-    beta.load_aligned(of + 8);
+    scale.load_aligned(of + kCoefficientGroup);
+    beta.load_aligned(of + 2 * kCoefficientGroup);
 #pragma unroll
     for (int j = 0; j < 4; ++j) out[j] = fmaf(scale[j], fetched.z[i + j] - mean[j], beta[j]);
   }
@@ -203,6 +221,14 @@ struct ReluGradient {
   struct Fetched {
     Packet<T, kLanes> dy, y;
   };
+
+  template <class From>
+  __device__ __forceinline__ void prefetch(const From& pixel, int c) const {
+    if (!pixel.inside || c >= C) return;
+    const int64_t i = pixel.element(H, W, C, c);
+    prefetch_l2(dy + i);
+    prefetch_l2(y + i);
+  }
 
   __device__ __forceinline__ int number(const Pixel& pixel) const { return pixel.number(H, W); }
   template <int kLanes, class From>
@@ -244,6 +270,16 @@ struct PooledReluGradient {
     uint32_t places[kLanes / 4];  // a byte each
     uint32_t place;
   };
+
+  template <class From>
+  __device__ __forceinline__ void prefetch(const From& pixel, int c) const {
+    const auto window = pixel.window(H, W);
+    if (!window.inside || c >= C || pixel.place() != 0) return;  // once for the four that mostly are there
+    const int64_t i = window.element(H / 2, W / 2, C, c);
+    prefetch_l2(dy + i);
+    prefetch_l2(y + i);
+    prefetch_l2(argmax + i);
+  }
 
   /// Of its window, and its place there.
   __device__ __forceinline__ int number(const Pixel& pixel) const {
@@ -304,12 +340,9 @@ template <class T>
 struct BatchNormReluGradient {
   using Element = T;
   static constexpr bool kPlain = false, kHasBias = false;
-  static constexpr int kChannelAlign = 8;
-  const T* dy;  // [N,H,W,C]
-  const T* z;   // [N,H,W,C], the convolution's output
-  const float4*
-      channel;          // mean, scale, beta, slope of C channels, and zeros up to a multiple of kChannelAlign
-  const float* mean_g;  // the same
+  const T* dy;                // [N,H,W,C]
+  const T* z;                 // [N,H,W,C], the convolution's output
+  const float* coefficients;  // mean, scale, beta, slope, mean_g
   int H, W, C;
   bool aligned;
 
@@ -318,6 +351,14 @@ struct BatchNormReluGradient {
     Packet<T, kLanes> dy, z;
     bool there;
   };
+
+  template <class From>
+  __device__ __forceinline__ void prefetch(const From& pixel, int c) const {
+    if (!pixel.inside || c >= C) return;
+    const int64_t i = pixel.element(H, W, C, c);
+    prefetch_l2(dy + i);
+    prefetch_l2(z + i);
+  }
 
   __device__ __forceinline__ int number(const Pixel& pixel) const { return pixel.number(H, W); }
   template <int kLanes, class From>
@@ -334,16 +375,31 @@ struct BatchNormReluGradient {
   template <int kLanes>
   __device__ __forceinline__ void values(const Fetched<kLanes>& fetched, int c, float (&out)[kLanes]) const {
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) {
-      out[i] = 0.0f;
-      if (fetched.there) {
-        const float4 of = channel[c + i];
-        const float d = fetched.z[i] - of.x, g = relu_gradient(fetched.dy[i], fmaf(of.y, d, of.z));
-        out[i] = fmaf(of.y, g - mean_g[c + i], of.w * d);
-      }
+    for (int i = 0; i < kLanes; ++i) out[i] = 0.0f;
+    if (!fetched.there) return;
+    const float* const of = coefficients_of<5>(coefficients, c);
+#pragma unroll
+    for (int i = 0; i < kLanes; i += 2) {  // for four at once a tile's sums leave too few registers
+      float2 v[5];
+#pragma unroll
+      for (int j = 0; j < 5; ++j) v[j] = *reinterpret_cast<const float2*>(of + j * kCoefficientGroup + i);
+      const auto value = [&](int lane, float mean, float scale, float beta, float slope, float mean_g) {
+        const float d = fetched.z[lane] - mean, g = relu_gradient(fetched.dy[lane], fmaf(scale, d, beta));
+        return fmaf(scale, g - mean_g, slope * d);
+      };
+      out[i] = value(i, v[0].x, v[1].x, v[2].x, v[3].x, v[4].x);
+      out[i + 1] = value(i + 1, v[0].y, v[1].y, v[2].y, v[3].y, v[4].y);
     }
   }
 };
+
+/// Asks for `count` channels of a pixel from c on, line by line.
+template <class Source, class From>
+__device__ __forceinline__ void prefetch_channels(const Source& source, const From& pixel, int c, int count) {
+  constexpr int kInLine = 128 / static_cast<int>(sizeof(typename Source::Element));
+#pragma unroll
+  for (int i = 0; i < count; i += kInLine) source.prefetch(pixel, c + i);
+}
 
 /// Whether a source's values are made two a register, in bfloat16.
 template <class Math, class Source>

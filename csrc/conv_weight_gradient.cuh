@@ -313,7 +313,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
   };
   // What a tile's items and products need to know of its pixels, once for all channels: `turn` counts tiles.
-  const auto find_pixels = [&](const Tiling::Position& at, int turn) {
+  // It asks for what their items will read, too, unless these follow at once.
+  const auto find_pixels = [&](const Tiling::Position& at, int turn, bool ask) {
     const int thread = fresh_thread(), lane = thread % 32;
     int* const of_tile = numbers + turn % 2 * Tile::kNumbers;
     if (thread < Tile::kPlaceThreads) {
@@ -325,19 +326,23 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       const int window = __shfl_sync(0xffffffffu, tiling.window(at, place), from);
       if (thread < Tile::kPixels) {
         places[turn % 4 * Tile::kPixels + thread] = static_cast<uint8_t>(window);
-        of_tile[thread] = conv.gradient.number(pixel);
+        const int number = conv.gradient.number(pixel);
+        of_tile[thread] = number;
+        if (ask) prefetch_channels(conv.gradient, NumberedPixel(number), share->x, Tile::kTileK);
       }
     } else if (thread - Tile::kPlaceThreads < tiling.patch_pixels) {
       const int pixel = thread - Tile::kPlaceThreads;
-      of_tile[Tile::kPixels + pixel] = conv.x.number(tiling.input(at, pixel));
+      const int number = conv.x.number(tiling.input(at, pixel));
+      of_tile[Tile::kPixels + pixel] = number;
+      if (ask) prefetch_channels(conv.x, NumberedPixel(number), share->y, Tile::kTileC);
     }
   };
 
   // What the block is at and does is kept in shared memory, registers are short: position and number of the
   // tile behind the next one; its first channels k and c, its split and where that ends.
   const int first_of_share = first_tile(split_of_block);
-  find_pixels(tiling.position(first_of_share), 0);
-  find_pixels(tiling.position(first_of_share + 1), 1);
+  find_pixels(tiling.position(first_of_share), 0, /*ask=*/false);
+  find_pixels(tiling.position(first_of_share + 1), 1, /*ask=*/false);
   if (thread == 0) {
     tiling.store_position(first_of_share + 2, positions, first_of_share + 2);
     positions[2] = make_int4(block / c_tiles % k_tiles * Tile::kTileK, block % c_tiles * Tile::kTileC,
@@ -366,7 +371,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     const int buffer = turn % 2;
     const int4* const second = positions + buffer;  // of the tile behind the next one
     more = in_a_register(second->w <= share->w);
-    if (second->w < share->w) find_pixels(Tiling::load(second), turn + 2);
+    if (second->w < share->w) find_pixels(Tiling::load(second), turn + 2, /*ask=*/true);
     if (fresh_thread() == 0) {
       const Tiling::Position at = tiling.next(Tiling::load(second));
       positions[buffer ^ 1] = make_int4(at.n, at.p, at.q, second->w + 1);

@@ -54,6 +54,11 @@ __device__ __forceinline__ void cp_async_4(void* shared, const void* global, boo
                : "memory");
 }
 
+// prefetch.global.L2: the line that holds the byte is on its way to L2; no register waits for it.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global));
+}
+
 // cp.async.commit_group: this thread's copies since the last commit become one group, which may be empty.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 

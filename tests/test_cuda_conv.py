@@ -246,7 +246,7 @@ def wgmma_tiles(kernels: cuda_emulator.Kernels, launcher: str, call: np.ndarray)
     return {f"{match[1]} {match[2]}" for match in found if match}
 
 
-TILES = ["128, 2, false", "64, 1, true", "64, 2, true", "64, 2, false"]
+TILES = ["128, 1, false", "64, 1, true", "64, 2, true", "64, 1, false"]
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

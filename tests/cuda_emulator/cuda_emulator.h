@@ -167,6 +167,7 @@ uint32_t ballot(const char* name, uint32_t mask, bool vote, Place place);
 void atomic_access(const void* address, size_t bytes);
 
 void copy_async(void* shared, const void* global, size_t bytes, bool valid);
+void prefetch(const void* global);
 void commit_async();
 void wait_async(int pending);
 
@@ -338,6 +339,7 @@ inline void cp_async_8(void* shared, const void* global, bool valid = true) {
 inline void cp_async_4(void* shared, const void* global, bool valid = true) {
   cuda_emulator::copy_async(shared, global, 4, valid);
 }
+inline void prefetch_l2(const void* global) { cuda_emulator::prefetch(global); }
 inline void cp_async_commit() { cuda_emulator::commit_async(); }
 template <int kPending>
 void cp_async_wait() {
