@@ -340,6 +340,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     if (more) {
       const Tiling::Position at_next = Tiling::load(positions + (turn ^ 1));
       next.start(conv.x, tiling, at_next);
+      // Into L2: its items have no registers to wait in.
       prefetch_channels(conv.gradient, tiling.output(at_next, tiling.place<false>(thread)), k0, Tile::kTileK);
     }
     const bool there = tiling.output(at, tiling.place<false>(thread)).inside;

@@ -11,7 +11,8 @@
 //
 // Pipeline: while slab i's nine taps are multiplied, slab i + 1's patch arrives in the other of two buffers,
 // one 16-byte item a thread and tap: by cp.async with zero fill outside the image where the source is a plain
-// tensor, else through registers, loaded before the tap's products and stored after them.
+// tensor, else through registers, loaded before the tap's products and stored after them. A tap is shorter
+// than memory's latency: the first one asks for all that such items will read into L2, the last ones load.
 //
 // The filter arrives tap by tap by cp.async, in three stages, or in two where the third would cost a block
 // its place; one barrier a tap. Or all of it is resident: loaded once, and the block goes through many tiles,

@@ -2,33 +2,33 @@
 // Level Matrix Multiply-Accumulate"), of which mma.sync reaches 63 % there. Patches, windows, filters,
 // sources and epilogues are those of that file; what differs is how a block multiplies.
 //
-// A block has kTiles tiles of 128 pixels, each with two warpgroups of 64 rows, a patch in two buffers and all
-// of the block's kTileN columns. The tiles share the filter, so that a tile's share of it through L2 is half.
-// A warp loads its 16 rows of a step by one ldmatrix at the shifted windows, as before, and rounds them where
-// they must be; wgmma takes them from registers and the filter from shared memory, where its rows of 64 bytes
-// lie swizzled as wgmma's 64-byte mode has them. For 128 columns a step takes 4 * 512 + 128 * 32 bytes of
-// shared memory, 48 cycles of 128, for 64 * 128 * 16 products, 64 cycles of an sm_90's tensor cores; for 64
-// columns 32 of 32.
+// A tile of 128 pixels has two warpgroups of 64 rows, a patch in two buffers and all of the block's kTileN
+// columns. A warp loads its 16 rows of a step by one ldmatrix at the shifted windows, as before, and rounds
+// them where they must be; wgmma takes them from registers and the filter from shared memory, where its rows
+// of 64 bytes lie swizzled as wgmma's 64-byte mode has them. For 128 columns a step takes 4 * 512 + 128 * 32
+// bytes of shared memory, 48 cycles of 128, for 64 * 128 * 16 products, 64 cycles of an sm_90's tensor cores;
+// for 64 columns 32 of 32.
 //
-// Pipeline: a step is a tap of a slab, two wgmmas a warpgroup. Its filter arrives in four stages, asked for
-// two steps ahead: at the barrier of step i the products of step i - 1 may still be computed, those of step i
-// - 2 are not, so that the filter of step i + 2 goes where theirs was. In the same way a step's fragments are
-// held until the next step's products are started: two sets of registers, which the taps take in turns. With
-// a slab's last tap all products are waited for, once in 4,608 cycles of two tiles: carried over the loop's
-// end, ptxas would wait for each of them. Or the filter is resident, and the block goes through many tiles
-// with one barrier a slab. The taps are unrolled: the products of a warp's step of 64 columns are 64 cycles
-// of its scheduler's tensor core, in which it may issue as many instructions; in a loop over taps it has 70.
+// Pipeline: a step is a tap of a slab, two wgmmas a warpgroup. The filter arrives by rows of three taps, one
+// ahead, into the places of a slab's nine; so a barrier, and the fence that shows shared memory to wgmma,
+// come once in three taps. Or the filter is resident, and the block goes through many tiles with one barrier
+// a slab. A step's fragments are held until the next step's products are started: two sets of registers,
+// which the taps take in turns, and the next step's are loaded while the products of this one run. With a
+// slab's last tap all products are waited for: carried over the loop's end, ptxas would wait for each of
+// them. The multiprocessor's other block multiplies meanwhile, and while this one stores its sums. The taps
+// are unrolled: in a loop over taps a step of 64 columns has 70 instructions, where its products take 64
+// cycles of the scheduler's tensor core.
 //
 // Budget
 //   shared     filters; of a tile two patches of 12,288 bytes, 32 of positions and, where the filter stays,
 //              16,416 of sums beside the patch that they are staged over: four warps' 2,560 and 8 records of
 //              3 * 64 floats and a count
-//              128 columns          4 * 8,192 + 2 * 24,608 = 81,984
-//              64                   4 * 4,096 + 2 * 24,608 = 65,600
-//              resident, two tiles  up to 147,456 + 2 * 41,024 = 229,504 of 232,448
-//              resident, one tile   up to 73,728 + 41,024 = 114,752: two in 228 KB
+//              128 columns          9 * 8,192 + 24,608 = 98,336: two in 228 KB
+//              64                   9 * 4,096 + 24,608 = 61,472: two, by their registers
+//              resident, one tile   up to 73,728 + 41,024 = 114,752: two
+//              resident, two tiles, which share the filter: up to 147,456 + 2 * 41,024 = 229,504 of 232,448
 //   registers  64 or 32 sums, 2 * 8 of fragments, up to 19 of an item on its way: within 128
-//   occupancy  two tiles 16 warps of 64, one tile twice 8 (25 %)
+//   occupancy  16 warps of 64 (25 %): two blocks of 8, or one of 16
 #pragma once
 
 #include "conv_halo_tile.cuh"
@@ -46,7 +46,7 @@ struct WgmmaTile {
   static constexpr int kSlab = kRowChunks * Math::kLanes;  // channels
   static constexpr int kTapBytes = kTileN * kRowBytes;
   static constexpr int kFilterItems = (kTileN * kRowChunks + kThreads - 1) / kThreads;
-  static constexpr int kRowTaps = 3;  // of a filter's row, which arrive together
+  static constexpr int kRowTaps = 3;  // whose filters arrive together
   static constexpr int kItems = (kPatchPixels * kRowChunks + kLoaders - 1) / kLoaders;
   static_assert(kTapBytes % 512 == 0 && kTileN <= kLoaders);
   // Behind the filters and the patches.
@@ -57,8 +57,8 @@ struct WgmmaTile {
   static constexpr int kWarpsOverPatch = kPatchBytes / kStageBytes;
   static constexpr int kBehindBytes = (kWarpsM - kWarpsOverPatch) * kStageBytes + kRecordBytes;
   static constexpr int kBytesOfTiles = kTiles * (2 * kPatchBytes + (kResident ? kBehindBytes : 0));
-  static_assert(kTiles * (kWarpsM * kStageBytes + kRecordBytes) <=
-                kTaps * kTapBytes + kTiles * 2 * kPatchBytes);
+  static_assert(kResident || kTiles == 1);
+  static_assert(kWarpsM * kStageBytes + kRecordBytes <= kTaps * kTapBytes + 2 * kPatchBytes);
 
   static constexpr int shared_bytes(int filter_bytes) {
     return filter_bytes + kBytesOfTiles + kPositionBytes;
@@ -205,9 +205,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
                                         : behind + (warp - Tile::kWarpsOverPatch) * kStageBytes;
       behind += (Tile::kWarpsM - Tile::kWarpsOverPatch) * kStageBytes;
     } else {
-      behind = filters + of_block * (Tile::kWarpsM * kStageBytes + Tile::kRecordBytes);
-      to = behind + warp * kStageBytes;
-      behind += Tile::kWarpsM * kStageBytes;
+      to = filters + warp * kStageBytes;
+      behind = filters + Tile::kWarpsM * kStageBytes;
     }
     float* const stage = reinterpret_cast<float*>(to);
     float* const records = reinterpret_cast<float*>(behind);

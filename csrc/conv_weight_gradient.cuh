@@ -12,8 +12,9 @@
 // (bf16), or 4 rows' 8 floats (TF32), then lie in different banks, and all addresses of a tile are one and
 // constants. Two buffers: the next tile arrives, one 16-byte item a thread and step, while this one's kSteps
 // steps are multiplied. One barrier a tile: 7 steps of 18 products of 8 cycles (sm_80; 4 on sm_90) for each
-// of a scheduler's four warps, 4,032 cycles or 2,016, into which memory's latency of about 700 fits. What an
-// item needs to know of its pixel is found one tile earlier, once for all channels.
+// of a scheduler's four warps, 4,032 cycles or 2,016; a step is shorter than memory's latency, but not than
+// L2's. What an item needs to know of its pixel is found one tile earlier, once for all channels, and what it
+// will read is asked for into L2.
 //
 // Instructions bound it: a product has 8 issue slots (sm_80; 6 of what sm_90 reaches). So the wide tile has
 // 64 input channels, for which g is masked once instead of twice as with 32; bfloat16 is masked two numbers a
