@@ -9,6 +9,7 @@ A step is run operator by operator under torch.profiler; of each kernel the medi
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import statistics
@@ -26,6 +27,9 @@ import maskcore
 from maskcore import models, ops, optim
 
 STEPS = 3
+H100 = next(gpu for gpu in roofline.GPUS if gpu.name == "H100")
+#: An H200 is an H100 with more and faster memory.
+KNOWN = (*roofline.GPUS, dataclasses.replace(H100, name="H200", bandwidth=4.8e12))
 OF_CONVOLUTIONS = re.compile(r"conv_(halo_tile|halo_wgmma|first_layer|weight_gradient)\w*_kernel")
 
 
@@ -124,7 +128,7 @@ def table(gpu: roofline.Gpu | None, p: roofline.Precision, batch: int, training:
 
 def page() -> Iterator[str]:
     name = torch.cuda.get_device_name()
-    gpu = next((gpu for gpu in roofline.GPUS if gpu.name.split()[-1] in name), None)
+    gpu = next((gpu for gpu in KNOWN if gpu.name.split()[-1] in name), None)
     yield "# Measured times of the CUDA engine's convolutions"
     yield ""
     yield "Written by `python benchmarks/kernel_times.py docs/cuda_measured.md`"

@@ -508,7 +508,7 @@ has less, and keep some kernels to those that have most.
 
 `tests/test_cuda_resources.py` holds every kernel to the budget in its `__launch_bounds__(threads, blocks)`: no spills,
 registers for so many blocks on every target, and on those with more than 100 KB of shared memory so many blocks; at
-least {least:.0%} occupancy. Nothing here is measured on a GPU.
+least {least:.0%} occupancy. All of it is the compiler's; [what a GPU took](cuda_measured.md).
 
 """
 REASONS = """

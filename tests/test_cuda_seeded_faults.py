@@ -259,7 +259,7 @@ OF_WGMMA = [
     Seeded("no_wgmma_commit", WGMMA, "        wgmma_commit();\n", "", "in flight"),
     Seeded("no_wait_in_a_step", WGMMA, "          wgmma_wait<1>();  // the other", "          // the other",
            f"of a wgmma in flight were written|{READ_IN_FLIGHT}"),
-    Seeded("wait_in_a_step_for_one_too_few", WGMMA, "          wgmma_wait<1>();  // the other", "          wgmma_wait<2>();  // the other",
+    Seeded("wait_in_a_step_for_one_too_few", WGMMA, "wgmma_wait<1>();  // the other", "wgmma_wait<2>();  // the other",
            f"of a wgmma in flight were written|{READ_IN_FLIGHT}"),
     Seeded("one_set_of_fragments", WGMMA, "(&a)[4] = fragments[tap % 2][i]", "(&a)[4] = fragments[0][i]",
            "fragments of a wgmma in flight were written"),
