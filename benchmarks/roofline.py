@@ -34,7 +34,8 @@ class Gpu:
 
     mma.sync reaches 63 to 65% of an H100's tensor cores, whose full rate only wgmma has (arXiv 2501.12084); of that
     three quarters are expected, as cuBLAS reaches 77% with it; loops of such products on an H100 gave 65 and 98%. L2's
-    bandwidth is about what microbenchmarks find (chipsandcheese.com), the H100's what 16-byte loads of 8 to 40 MB gave.
+    bandwidth is about what microbenchmarks find (chipsandcheese.com), the H100's what 16-byte loads of 8 to 40 MB gave;
+    64 KB to 1 MB that all blocks read at once by cp.async came at 19 to 12 TB/s.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Gpu:
     multiprocessors: int
     clock: float
     l2: float  # byte/s
+    l2_same: float  # of what all blocks read at the same time, such as a filter
     shared_bytes: int  # of a multiprocessor
 
     def cycles(self, amount: float, rate: float) -> float:
@@ -57,10 +59,53 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("A100", 312e12, 156e12, 19.5e12, 2.04e12, 0.60, 0.0, 1.0, "sm_80", 108, 1.41e9, 4.5e12, 164 * 1024),
-    Gpu("H100", 989e12, 495e12, 67e12, 3.35e12, 0.50, 0.75, 0.63, "sm_90a", 132, 1.83e9, 7.4e12, 228 * 1024),
     Gpu(
-        "RTX 4090", 165e12, 83e12, 82.6e12, 1.01e12, 0.60, 0.0, 1.0, "sm_89", 128, 2.52e9, 5.0e12, 100 * 1024
+        "A100",
+        312e12,
+        156e12,
+        19.5e12,
+        2.04e12,
+        0.60,
+        0.0,
+        1.0,
+        "sm_80",
+        108,
+        1.41e9,
+        4.5e12,
+        4.5e12,
+        164 * 1024,
+    ),
+    Gpu(
+        "H100",
+        989e12,
+        495e12,
+        67e12,
+        3.35e12,
+        0.50,
+        0.75,
+        0.63,
+        "sm_90a",
+        132,
+        1.83e9,
+        7.4e12,
+        15e12,
+        228 * 1024,
+    ),
+    Gpu(
+        "RTX 4090",
+        165e12,
+        83e12,
+        82.6e12,
+        1.01e12,
+        0.60,
+        0.0,
+        1.0,
+        "sm_89",
+        128,
+        2.52e9,
+        5.0e12,
+        5.0e12,
+        100 * 1024,
     ),
 )
 EXPECTED_BANDWIDTH = 0.80
@@ -404,14 +449,23 @@ class Pass:
         return gpu.cycles(products, self.p.peak(gpu) / 2 * (1 if self.is_by_wgmma(gpu) else gpu.reachable))
 
     def units(
-        self, gpu: Gpu, tiles: int, products: float, issued: float, shared: float, l2: float, columns: int = 8
+        self,
+        gpu: Gpu,
+        tiles: int,
+        products: float,
+        issued: float,
+        shared: float,
+        l2: float,
+        columns: int = 8,
+        same: float = 0,
     ) -> dict[str, float]:
-        """Of tiles with so many products, instructions for each of the tensor cores', and bytes."""
+        """Of tiles with so many products, instructions for each of the tensor cores', and bytes; `same` are those that
+        other blocks read, too."""
         depth = columns * 16 * self.p.slab / 2  # products of a warp's instruction
         return {
             "tensor cores": self.tensor_cycles(gpu, tiles * products),
             "shared memory": tiles * shared / 128,
-            "L2": tiles * gpu.cycles(l2, gpu.l2),
+            "L2": tiles * (gpu.cycles(l2, gpu.l2) + gpu.cycles(same, gpu.l2_same)),
             "issue": tiles * products / depth * issued / 4,
         }
 
@@ -459,13 +513,15 @@ class Pass:
         streamed = 0 if resident else filters / together
         staged = 2 * TILE * columns * 4
         written = TILE * columns * p.element * ((1 + 1 / p.element) / 4 if pooled else 2 if sums else 1)
-        l2 = patch * slabs * ROW * self.reads(self.source) + streamed + written
+        l2 = patch * slabs * ROW * self.reads(self.source) + written
         shared = fragments + patch * slabs * ROW + streamed + staged
         loading, other = instructions()[f"{kernel}, {self.source}<{element}>, {output}>", gpu.target]
         # Of a thread and a step; the longest way through wgmma's, which is a whole slab, loads three.
         items = patch * ROW / 16 / threads / of_loop
         issued = other + items * (loading - other)
-        return self.units(gpu, rounds(columns, together), products, issued, shared, l2, of_instruction)
+        return self.units(
+            gpu, rounds(columns, together), products, issued, shared, l2, of_instruction, streamed
+        )
 
     def of_weight(self, gpu: Gpu) -> dict[str, float]:
         """csrc/conv_weight_gradient.cuh, tiles of 64 output and 64 or 32 input channels."""
@@ -752,9 +808,10 @@ L2 = ", ".join(f"{gpu.l2 / 1e12:.1f}" for gpu in GPUS)
 REACHED = f"""## How near the roof the kernels can come
 
 Of the layers of 64 and more channels: the share of the roof above which the unit with most to do leaves, were all units
-at work all the time: the tensor cores, shared memory (128 bytes a cycle), L2 (taken as {L2} TB/s; each patch
-with all that makes it), the issue of instructions (four a cycle, as many as [the compiled kernels](cuda_kernels.md)
-have), memory. What a tile has beyond its image and the multiprocessor that gets most tiles count. An H100's forward and
+at work all the time: the tensor cores, shared memory (128 bytes a cycle), L2 (taken as {L2} TB/s, an H100's of
+a filter as 15; each patch with all that makes it), the issue of instructions (four a cycle, as many as [the compiled
+kernels](cuda_kernels.md) have in the longest way through a step, although what asks for the next patch comes once in
+nine), memory. What a tile has beyond its image and the multiprocessor that gets most tiles count. An H100's forward and
 backward-data are by wgmma; its filters' gradients, by mma.sync, are held against the {GPUS[1].reachable:.0%} of its
 tensor cores that mma.sync has. Less than {DESIGNED:.0%} is in bold.
 
@@ -763,9 +820,10 @@ Where it is less:
 - Filters' gradients in TF32 on an H100: for 18 products a step reads 22 fragments by 64 and 32 bits, which ldmatrix
   cannot transpose, beside the addresses, and the items that a batch norm makes are computed in float32. wgmma, which
   takes operands from shared memory, would do without the fragments.
-- 128 columns on an H100: a slab of a tile takes 2,304 cycles of the tensor cores, for which L2 has 70 KB. 128 channels
-  of the filter are 74, the patch 12 a tensor that makes it, what is stored comes on top. Measured, L2 gives a filter
-  that all blocks read at once two to three times as fast as this counts, and two tiles that share it were slower.
+- 128 columns on an H100: of the 2,304 cycles that the tensor cores take for a tile's slab shared memory is read for
+  1,728 and written for 576 by the filter. Two tiles that share it, in a block that has the multiprocessor to itself,
+  were slower when measured.
+- Backward-data of block 2's first layer on A100 and H100: the items, a batch norm's gradient, are counted in each step.
 - The last layers at batch 32 on an H100: of one or two rounds of tiles the last is not full.
 
 Images a second of a training step, as expected above / if each kernel takes at least as long as its busiest unit:

@@ -44,9 +44,11 @@ FORWARD = [
     Limit("conv_sources.cuh", "cp_async_16(", "shared", "writes", 1.1),
 ]  # fmt: skip
 OF_WGMMA = [
-    Limit("conv_halo_wgmma.cuh", "ldmatrix_x4(a[i],", "shared", "reads", 1.01),
+    Limit("conv_halo_wgmma.cuh", "ldmatrix_x4(a, patches + patch", "shared", "reads", 1.01),
     *(
-        limit._replace(file="conv_halo_wgmma.cuh") if limit.text.startswith("cp_async_16(to + i") else limit
+        limit._replace(file="conv_halo_wgmma.cuh", text="cp_async_16(to + tap * Tile::kTapBytes")
+        if limit.text.startswith("cp_async_16(to + i")
+        else limit
         for limit in FORWARD
         if limit not in (PATCH, FILTER)
     ),
