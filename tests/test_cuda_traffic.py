@@ -120,7 +120,10 @@ def test_backward(backward: Kernels, layer: Size, kind: str) -> None:
     check(found, (BACKWARD_OF_WGMMA if k.wgmma else BACKWARD) + GRADIENT[k.precision])
 
 
-@pytest.mark.parametrize("height", BOUNDARIES)
+@pytest.mark.parametrize(
+    "height",
+    [pytest.param(height, marks=[] if height == 21 else [pytest.mark.slow]) for height in BOUNDARIES],
+)
 @pytest.mark.parametrize("kind", ["tf32", "bf16"])
 def test_tiles_of_two_images(forward: Kernels, backward: Kernels, height: int, kind: str) -> None:
     """Of one slab of channels: the tiles are chosen by heights and widths. The first blocks alone."""
