@@ -91,6 +91,11 @@ def seconds_of(step: Callable[[], None], steps: int = 10) -> float:
     return (time.perf_counter() - begin) / steps
 
 
+def beside(roof: float, seconds: float) -> tuple[str, str]:
+    """The last cells of a row; empty for a GPU whose roof is not known."""
+    return (f"{roof * 1e3:.3f}", f"{roof / seconds:.0%}") if roof else ("", "")
+
+
 def table(gpu: roofline.Gpu | None, p: roofline.Precision, batch: int, training: bool) -> Iterator[str]:
     precision: Any = p.name
     step = step_of(precision, batch, training)
@@ -103,26 +108,24 @@ def table(gpu: roofline.Gpu | None, p: roofline.Precision, batch: int, training:
         for kernel in listed
         if kernel.layer in layers and re.match("conv,|backward-", kernel.name)  # the order of their launches
     ]
-    total, wall = sum(seconds for _, seconds in found), seconds_of(step)
+    of_step, of_convolutions, wall = sum(seconds for _, seconds in found), sum(measured), seconds_of(step)
     what = "a training step" if training else "inference"
     yield f"## {what}, {p.name}, batch {batch}"
     yield ""
     yield (
-        f"{batch / wall:,.0f} images a second operator by operator; its {len(found)} kernels take {total * 1e3:.2f} ms,"
-        f" the {len(measured)} of convolutions {sum(measured) * 1e3:.2f} ms of them."
+        f"{batch / wall:,.0f} images a second operator by operator; its {len(found)} kernels take "
+        f"{of_step * 1e3:.2f} ms, the {len(measured)} of convolutions {of_convolutions * 1e3:.2f} ms of them."
     )
     yield ""
     yield roofline.row("layer", "kernel", "ms", "TFLOP/s", "TB/s", "roof, ms", "share")
     yield roofline.row("---", "---", *["---:"] * 5)
     roofs = 0.0
     for kernel, seconds in zip(kernels, measured, strict=True):
-        roof = kernel.seconds(gpu, p) if gpu else float("nan")
+        roof = kernel.seconds(gpu, p) if gpu else 0.0
         roofs += roof
         rates = f"{kernel.operations / seconds / 1e12:.0f}", f"{kernel.bytes / seconds / 1e12:.2f}"
-        times = f"{seconds * 1e3:.3f}", *rates, f"{roof * 1e3:.3f}", f"{roof / seconds:.0%}"
-        yield roofline.row(kernel.layer, kernel.name, *times)
-    share = f"{roofs / sum(measured):.0%}"
-    yield roofline.row("all", "", f"{sum(measured) * 1e3:.3f}", "", "", f"{roofs * 1e3:.3f}", share)
+        yield roofline.row(kernel.layer, kernel.name, f"{seconds * 1e3:.3f}", *rates, *beside(roof, seconds))
+    yield roofline.row("all", "", f"{of_convolutions * 1e3:.3f}", "", "", *beside(roofs, of_convolutions))
     yield ""
 
 

@@ -33,9 +33,8 @@ class Gpu:
     multiprocessor has is the GPU's by their number and the clock.
 
     mma.sync reaches 63 to 65% of an H100's tensor cores, whose full rate only wgmma has (arXiv 2501.12084); of that
-    three quarters are expected, as cuBLAS reaches 77% with it; loops of such products on an H100 gave 65 and 98%. L2's
-    bandwidth is about what microbenchmarks find (chipsandcheese.com), the H100's what 16-byte loads of 8 to 40 MB gave;
-    64 KB to 1 MB that all blocks read at once by cp.async came at 19 to 12 TB/s.
+    three quarters are expected, as cuBLAS reaches 77% with it. An H100's bandwidths of L2 are measured
+    (benchmarks/cuda_ceilings.cu), the others about what microbenchmarks find (chipsandcheese.com).
     """
 
     name: str
@@ -60,52 +59,52 @@ class Gpu:
 
 GPUS = (
     Gpu(
-        "A100",
-        312e12,
-        156e12,
-        19.5e12,
-        2.04e12,
-        0.60,
-        0.0,
-        1.0,
-        "sm_80",
-        108,
-        1.41e9,
-        4.5e12,
-        4.5e12,
-        164 * 1024,
+        name="A100",
+        bf16=312e12,
+        tf32=156e12,
+        float32=19.5e12,
+        bandwidth=2.04e12,
+        expected=0.60,
+        expected_wgmma=0.0,
+        reachable=1.0,
+        target="sm_80",
+        multiprocessors=108,
+        clock=1.41e9,
+        l2=4.5e12,
+        l2_same=4.5e12,
+        shared_bytes=164 * 1024,
     ),
     Gpu(
-        "H100",
-        989e12,
-        495e12,
-        67e12,
-        3.35e12,
-        0.50,
-        0.75,
-        0.63,
-        "sm_90a",
-        132,
-        1.83e9,
-        7.4e12,
-        15e12,
-        228 * 1024,
+        name="H100",
+        bf16=989e12,
+        tf32=495e12,
+        float32=67e12,
+        bandwidth=3.35e12,
+        expected=0.50,
+        expected_wgmma=0.75,
+        reachable=0.63,
+        target="sm_90a",
+        multiprocessors=132,
+        clock=1.83e9,
+        l2=7.4e12,
+        l2_same=15e12,
+        shared_bytes=228 * 1024,
     ),
     Gpu(
-        "RTX 4090",
-        165e12,
-        83e12,
-        82.6e12,
-        1.01e12,
-        0.60,
-        0.0,
-        1.0,
-        "sm_89",
-        128,
-        2.52e9,
-        5.0e12,
-        5.0e12,
-        100 * 1024,
+        name="RTX 4090",
+        bf16=165e12,
+        tf32=83e12,
+        float32=82.6e12,
+        bandwidth=1.01e12,
+        expected=0.60,
+        expected_wgmma=0.0,
+        reachable=1.0,
+        target="sm_89",
+        multiprocessors=128,
+        clock=2.52e9,
+        l2=5.0e12,
+        l2_same=5.0e12,
+        shared_bytes=100 * 1024,
     ),
 )
 EXPECTED_BANDWIDTH = 0.80
@@ -842,15 +841,16 @@ to give, without wgmma (`MASKCORE_WGMMA=0`) and with it:
 """
 DECISION = """
 
-Measured on one, at batch 256: 11 and 12% less time for the kernels of a training step in bf16 and in TF32, 28 and 29%
-for inference. cuDNN's own wgmma convolutions, which do nothing but convolve, took 0.6 times as long as these forward,
-and half to a third as long for the filters' gradients: that these have no wgmma costs most.
+Measured on one, at batch 256 and before the kernels were tuned there: 11 and 12% less time for the kernels of a
+training step in bf16 and in TF32, 28 and 29% for inference. cuDNN's own wgmma convolutions, which do nothing but
+convolve, took 0.6 times as long as these forward, and half to a third as long for the filters' gradients: that these
+have no wgmma costs most.
 
 TMA would bring a patch, zeros outside the image included, with one instruction of one thread, and a cluster's blocks
 one filter for all of them, which would take half of the filter's bytes off L2. It can load plain tensors alone: a
 ReLU's mask, a max-pool's unpooling and a batch norm are computed on the way into shared memory here. It is not written;
-wgmma for the filters' gradients would come first. A B200 has tcgen05 in wgmma's
-place, and takes the kernels that every GPU takes."""
+wgmma for the filters' gradients would come first. A B200 has tcgen05 in wgmma's place, and takes the kernels that every
+GPU takes."""
 
 
 def page() -> str:

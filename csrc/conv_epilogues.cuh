@@ -1,5 +1,6 @@
 // What a convolution does with its sums before they leave the processor. An epilogue gets four adjacent
-// output channels of a pixel at a time, or of the four pixels of a pooling window.
+// output channels of a pixel at a time, or of the four pixels of a pooling window; what it needs of the
+// channels, OfChannels, a lane loads once for all pixels of a tile.
 #pragma once
 
 #include <cstdint>
@@ -57,8 +58,6 @@ __device__ __forceinline__ void load_bias(const float* bias, int k, int K, float
 #pragma unroll
   for (int i = 0; i < 4; ++i) b[i] = bias != nullptr && k + i < K ? bias[k + i] : 0.0f;
 }
-
-// Of an epilogue's channels k..k+3, which a lane has for all pixels of a tile: OfChannels, once loaded.
 
 /// y = sum + bias, and kRelu's maximum with 0. kStatistics: of each tile and channel also a pivot, the sum of
 /// y - pivot and of its square (the kernel takes them, batch_norm.cuh merges them).

@@ -13,8 +13,9 @@
 // Both are bound by memory (an image of 256 x 256: 4.1 MB out in bf16, 0.11 GFLOP); what they do beside must
 // fit into the time that memory takes, of 32 pixels of 3 -> 32 channels on an A100 (13.4 bytes a cycle, SM):
 //   forward, bf16   32 * (64 + 6) bytes = 167 cycles. Shared memory, in lines of 128 bytes: 27 of the patch,
-//                   16 + 16 of rows written and read, 16 of filter, 64 of sums staged: 139
-//   forward, TF32   32 * (128 + 12) = 334 cycles; 27 + 32 + 32 + 32 + 64 = 187
+//                   16 + 16 of rows written and read, 16 of filter, 64 of sums staged, and with moments 12 of
+//                   pivots: 151
+//   forward, TF32   32 * (128 + 12) = 334 cycles; 27 + 32 + 32 + 32 + 64 + 12 = 199
 //   gradient, bf16  32 * (2 * 64 + 6) = 320 cycles; 27 + 16 + 16 of rows, 16 + 16 of g: 91
 //
 // Budget
