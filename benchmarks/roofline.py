@@ -132,7 +132,9 @@ class Kernel:
     name: str
     bytes: float
     operations: float = 0.0  # of tensor cores
-    wgmma: bool = False  # by it, where the GPU has it (csrc/conv_halo_wgmma.cuh)
+    wgmma: bool = (
+        False  # by it, where the GPU has it (csrc/conv_halo_wgmma.cuh, csrc/conv_weight_gradient_wgmma.cuh)
+    )
 
     def seconds(self, gpu: Gpu, precision: Precision, expected: bool = False) -> float:
         bandwidth = gpu.bandwidth * (EXPECTED_BANDWIDTH if expected else 1)
@@ -267,7 +269,8 @@ def backward(conv: Conv, p: Precision, need_dx: bool) -> Iterator[Kernel]:
     # Here the channels are rows and columns, and the pixels are the reduction.
     rows, columns = up(conv.K, 32), 32 if conv.of_pictures else 9 * up(conv.C, 32)
     operations = 2 * rows * columns * conv.N * (conv.H - 2) * (conv.W - 2)
-    yield Kernel(conv.name, "backward-weight", conv.x * e + source + partial, operations)
+    wgmma = e == 2 and min(conv.C, conv.K) > 32  # which transposes no TF32
+    yield Kernel(conv.name, "backward-weight", conv.x * e + source + partial, operations, wgmma)
     yield Kernel(conv.name, "sum of the splits", partial + 4 * (conv.weights + conv.K))
 
 
@@ -386,6 +389,18 @@ def tiling(
     return best
 
 
+def strips(N: int, P: int, Q: int, rows: int, most_patch: int) -> tuple[int, int]:
+    """The same of StripTiling::choose: tiles of eight columns, of stacks of an even number of rows an image."""
+
+    def patch(stack: int) -> int:
+        boundaries = 0 if stack % rows == 0 else (stack - 1 + rows - 1) // stack
+        return (rows + 2 + 2 * boundaries) * (8 + 2)
+
+    even = up(P, 2)
+    stack = even if patch(even) <= most_patch else up(even, rows)
+    return -(-N * stack // rows) * -(-Q // 8), patch(stack)
+
+
 @functools.cache
 def instructions() -> dict[tuple[str, str], tuple[float, float]]:
     """Kernel and target: machine instructions for each of the tensor cores in a step that loads an item, and in one
@@ -438,10 +453,13 @@ class Pass:
 
     def cycles(self, gpu: Gpu) -> dict[str, float]:
         """Of the multiprocessor that has most to do, by what it has to do."""
-        return self.of_weight(gpu) if self.name == "backward-weight" else self.of_pixels(gpu)
+        if self.name != "backward-weight":
+            return self.of_pixels(gpu)
+        return self.of_weight_by_wgmma(gpu) if self.is_by_wgmma(gpu) else self.of_weight(gpu)
 
     def is_by_wgmma(self, gpu: Gpu) -> bool:
-        channels = {"forward": self.conv.K, "backward-data": self.conv.C}.get(self.name, 0)
+        both = min(self.conv.C, self.conv.K) if self.p.element == 2 else 0  # wgmma transposes no TF32
+        channels = {"forward": self.conv.K, "backward-data": self.conv.C, "backward-weight": both}[self.name]
         return channels > 32 and gpu.expected_wgmma > 0
 
     def tensor_cycles(self, gpu: Gpu, products: float) -> float:
@@ -545,6 +563,30 @@ class Pass:
         most_items = sum(-(-n // of_threads) for n in (pixels * 64, most_patch * width))
         items = (pixels * 64 + patch * width) / of_threads / most_items
         return self.units(gpu, most, products, other + items * (loading - other), fragments + operands, l2)
+
+    def of_weight_by_wgmma(self, gpu: Gpu) -> dict[str, float]:
+        """csrc/conv_weight_gradient_wgmma.cuh, tiles of 64 by 64 channels and 256 pixels."""
+        conv, rows, steps, most_patch, threads = self.conv, 32, 16, 380, 384
+        c_tiles, k_tiles = up(conv.C, 64) // 64, up(conv.K, 64) // 64
+        tiles, patch = strips(conv.N, conv.H - 2, conv.W - 2, rows, most_patch)
+        parts = min(splits(gpu.multiprocessors, c_tiles, k_tiles), -(-tiles // 4))
+        most = -(-tiles // parts) * -(-parts * c_tiles * k_tiles // gpu.multiprocessors)
+        pixels, chunks = 8 * rows, 8
+        # Of x for each product, of g for each three, 64 channels of 16 pixels.
+        fragments = steps * (9 + 3) * 64 * 16 * 2
+        operands = (pixels + patch) * 64 * 2
+        l2 = (pixels * self.reads(self.gradient) + patch) * 64 * self.p.element
+        of_input = "BatchNormRelu" if self.before.bn else "Activation"
+        kernel = f"conv_weight_gradient_wgmma_kernel<{of_input}<bf16>, {self.gradient}<bf16>>"
+        # The longest way through a tile is that of a thread whose items all are there.
+        loading, other = instructions()[kernel, gpu.target]
+        most_items = -(-pixels * chunks // threads) + -(-most_patch * chunks // threads)
+        items = (pixels + patch) * chunks / threads / most_items
+        products = pixels * 64 * 9 * 64
+        # Beside 48 products there are 16 of the bias, of which each warpgroup takes a third.
+        of_products = 1 if self.conv.bn else (48 + 16) / 48
+        issued = of_products * (other + items * (loading - other))
+        return self.units(gpu, most, products, issued, fragments + operands, l2, 64)
 
 
 def passes(N: int, p: Precision) -> Iterator[tuple[Pass, Kernel]]:
@@ -811,14 +853,14 @@ at work all the time: the tensor cores, shared memory (128 bytes a cycle), L2 (t
 a filter as 15; each patch with all that makes it), the issue of instructions (four a cycle, as many as [the compiled
 kernels](cuda_kernels.md) have in the longest way through a step, although what asks for the next patch comes once in
 nine), memory. What a tile has beyond its image and the multiprocessor that gets most tiles count. An H100's forward and
-backward-data are by wgmma; its filters' gradients, by mma.sync, are held against the {GPUS[1].reachable:.0%} of its
-tensor cores that mma.sync has. Less than {DESIGNED:.0%} is in bold.
+backward-data are by wgmma, and in bf16 the filters' gradients; these in TF32, by mma.sync, are held against the
+{GPUS[1].reachable:.0%} of its tensor cores that mma.sync has. Less than {DESIGNED:.0%} is in bold.
 
 Where it is less:
 
 - Filters' gradients in TF32 on an H100: for 18 products a step reads 22 fragments by 64 and 32 bits, which ldmatrix
-  cannot transpose, beside the addresses, and the items that a batch norm makes are computed in float32. wgmma, which
-  takes operands from shared memory, would do without the fragments.
+  cannot transpose, beside the addresses, and the items that a batch norm makes are computed in float32. wgmma does
+  not transpose 32 bits either.
 - 128 columns on an H100: of the 2,304 cycles that the tensor cores take for a tile's slab shared memory is read for
   1,728 and written for 576 by the filter. Two tiles that share it, in a block that has the multiprocessor to itself,
   were slower when measured.
@@ -834,22 +876,23 @@ HOPPER = """## What wgmma brings on an H100, and what TMA would
 
 mma.sync reaches at most 63 to 65% of an H100's tensor cores: a warp's 64 x 32 sums take its operands 24 cycles through
 shared memory, and the tensor cores 16 cycles. wgmma reads 64 x 128 of four warps in 48 cycles for 64 of products
-(csrc/conv_halo_wgmma.cuh: forward and backward-data of more than 32 output channels). Convolutions of 32 channels are
-bound by memory and the filters' gradients read both operands transposed; they are as on any GPU. An H100 is expected
-to give, without wgmma (`MASKCORE_WGMMA=0`) and with it:
+(csrc/conv_halo_wgmma.cuh: forward and backward-data of more than 32 output channels). In bf16 it also takes the
+filters' gradients of more than 32 channels (csrc/conv_weight_gradient_wgmma.cuh), x from shared memory as it lies. TF32
+cannot be transposed on the way, and convolutions of 32 channels are bound by memory: they are as on any GPU. An H100 is
+expected to give, without wgmma (`MASKCORE_WGMMA=0`) and with it:
 
 """
 DECISION = """
 
 Measured on one, at batch 256 and before the kernels were tuned there: 11 and 12% less time for the kernels of a
-training step in bf16 and in TF32, 28 and 29% for inference. cuDNN's own wgmma convolutions, which do nothing but
-convolve, took 0.6 times as long as these forward, and half to a third as long for the filters' gradients: that these
-have no wgmma costs most.
+training step in bf16 and in TF32, 28 and 29% for inference, without wgmma for the filters' gradients, which is newer
+and has not run on a GPU. cuDNN's own wgmma convolutions, which do nothing but convolve, took 0.6 times as long as these
+forward, and half to a third as long as mma.sync's for the filters' gradients.
 
 TMA would bring a patch, zeros outside the image included, with one instruction of one thread, and a cluster's blocks
 one filter for all of them, which would take half of the filter's bytes off L2. It can load plain tensors alone: a
-ReLU's mask, a max-pool's unpooling and a batch norm are computed on the way into shared memory here. It is not written;
-wgmma for the filters' gradients would come first. A B200 has tcgen05 in wgmma's place, and takes the kernels that every
+ReLU's mask, a max-pool's unpooling and a batch norm are computed on the way into shared memory here. It is not written.
+A B200 has tcgen05 in wgmma's place, and takes the kernels that every
 GPU takes."""
 
 

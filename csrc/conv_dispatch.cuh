@@ -7,6 +7,7 @@
 #include "conv_halo_tile.cuh"
 #include "conv_halo_wgmma.cuh"
 #include "conv_weight_gradient.cuh"
+#include "conv_weight_gradient_wgmma.cuh"
 
 namespace maskcore {
 
@@ -142,6 +143,11 @@ cudaError_t convolve_backward(const ConvCall& call, const Gradient& gradient, co
   if constexpr (Source::kPlain) {
     if (s.C <= kPictureChannels) {
       return first_layer_gradient<Math>(call, x, gradient, dweight, dbias, sums, stream);
+    }
+  }
+  if constexpr (std::is_same_v<typename Source::Element, bf16>) {
+    if (call.wgmma && is_wide(s)) {
+      return weight_gradient_wgmma(call, x, gradient, dweight, dbias, sums, stream);
     }
   }
   return weight_gradient<Math>(call, x, gradient, dweight, dbias, sums, stream);

@@ -145,6 +145,46 @@ struct Tiling {
     return output(at, place).inside ? (place.x + 2 * image) * pitch + place.y : 0;
   }
 
+  /// A convolution without tiles; also of sizes whose rows, with those of the tile past the last one, which a
+  /// block may ask for, are 2^31 or more: then P is 0.
+  static Tiling of(const ConvSize& s, bool pooled, int max_pixels) {
+    Tiling tiling{};
+    if (s.N * (s.P + max_pixels) + 2 * max_pixels > std::numeric_limits<int>::max()) return tiling;
+    tiling.N = static_cast<int>(s.N);
+    tiling.H = static_cast<int>(s.H);
+    tiling.W = static_cast<int>(s.W);
+    tiling.P = static_cast<int>(pooled ? s.P / 2 * 2 : s.P);
+    tiling.Q = static_cast<int>(pooled ? s.Q / 2 * 2 : s.Q);
+    tiling.padding = static_cast<int>(s.padding);
+    return tiling;
+  }
+
+  /// Pixels of the patch under rows x (pitch - 2) pixels or fewer, with the image boundaries that it may
+  /// have.
+  static int patch_of(int rows, int pitch, int stack) {
+    const int boundaries = stack % rows == 0 ? 0 : (stack - 1 + rows - 1) / stack;
+    return (rows + 2 + 2 * boundaries) * pitch;
+  }
+
+  int64_t tiles_of(int rows, int cols, int stack) const {
+    return (N * static_cast<int64_t>(stack) + rows - 1) / rows * ((Q + cols - 1) / cols);
+  }
+
+  void cut(int rows, int cols, int pitch_, int stack_) {
+    stack = stack_;
+    tile_rows = rows;
+    tile_cols = cols;
+    pitch = pitch_;
+    patch_pixels = patch_of(rows, pitch, stack);
+    col_tiles = (Q + cols - 1) / cols;
+    tiles = static_cast<int>(tiles_of(rows, cols, stack));
+    inv_tile_cols = 1.0f / static_cast<float>(tile_cols);
+    inv_window_cols = 2.0f / static_cast<float>(tile_cols);
+    inv_pitch = 1.0f / static_cast<float>(pitch);
+    inv_stack = 1.0f / static_cast<float>(stack);
+    inv_padded_stack = 1.0f / static_cast<float>(stack + 2);
+  }
+
   /// How many of a tile's pixels, or 2x2 windows, have no place left in SpreadTiling's order where eight that
   /// are read at once begin at different places modulo 8: those above an equal share.
   static int crowded(int rows, int cols, int pitch, bool pooled, int max_pixels) {
@@ -167,23 +207,13 @@ struct Tiling {
   /// of the 24 of a warp's products: 40 cycles where the tensor cores of an sm_80 take 32). Without tiles if
   /// there are 2^31 rows, or nothing to compute.
   static Tiling choose(const ConvSize& s, bool pooled, int max_pixels, int max_patch, bool spread = false) {
-    Tiling best{};
-    // With those of the tile past the last one, which a block may ask for.
-    if (s.N * (s.P + max_pixels) + 2 * max_pixels > std::numeric_limits<int>::max()) return best;
-    best.N = static_cast<int>(s.N);
-    best.H = static_cast<int>(s.H);
-    best.W = static_cast<int>(s.W);
-    best.P = static_cast<int>(pooled ? s.P / 2 * 2 : s.P);
-    best.Q = static_cast<int>(pooled ? s.Q / 2 * 2 : s.Q);
-    best.padding = static_cast<int>(s.padding);
+    Tiling best = of(s, pooled, max_pixels);
     const int P = best.P, Q = best.Q, step = pooled ? 2 : 1;
     double least = std::numeric_limits<double>::infinity();
     const auto consider = [&](int rows, int cols, int pitch, int stack) {
-      const int boundaries = stack % rows == 0 ? 0 : (stack - 1 + rows - 1) / stack;
-      const int patch = (rows + 2 + 2 * boundaries) * pitch;
+      const int patch = patch_of(rows, pitch, stack);
       if (patch > max_patch) return;
-      const int col_tiles = (Q + cols - 1) / cols;
-      const int64_t tiles = (best.N * static_cast<int64_t>(stack) + rows - 1) / rows * col_tiles;
+      const int64_t tiles = best.tiles_of(rows, cols, stack);
       if (tiles > std::numeric_limits<int>::max()) return;
       double cost = static_cast<double>(tiles) * (max_pixels + 0.25 * patch);
       if (cost >= least) return;
@@ -193,13 +223,7 @@ struct Tiling {
         if (cost >= least) return;
       }
       least = cost;
-      best.stack = stack;
-      best.tile_rows = rows;
-      best.tile_cols = cols;
-      best.pitch = pitch;
-      best.patch_pixels = patch;
-      best.col_tiles = col_tiles;
-      best.tiles = static_cast<int>(tiles);
+      best.cut(rows, cols, pitch, stack);
     };
     for (int cols = step; cols <= std::min(Q, max_pixels / step); cols += step) {
       const double of_one_row = static_cast<double>(s.N) * P * ((Q + cols - 1) / cols) * max_pixels;
@@ -215,12 +239,26 @@ struct Tiling {
         }
       }
     }
-    best.inv_tile_cols = 1.0f / static_cast<float>(best.tile_cols);
-    best.inv_window_cols = 2.0f / static_cast<float>(best.tile_cols);
-    best.inv_pitch = 1.0f / static_cast<float>(best.pitch);
-    best.inv_stack = 1.0f / static_cast<float>(best.stack);
-    best.inv_padded_stack = 1.0f / static_cast<float>(best.stack + 2);
     return best;
+  }
+};
+
+/// Tiles of eight columns and an even number of rows, of stacks of an even number of rows: two rows from an
+/// even one on are of one image.
+struct StripTiling : Tiling {
+  static constexpr int kCols = 8, kPitch = kCols + 2;
+
+  /// Tiles of max_pixels pixels, that is of any number of rows; across images if such patches have at most
+  /// max_patch pixels, which those of one image always must.
+  static StripTiling choose(const ConvSize& s, bool, int max_pixels, int max_patch) {
+    StripTiling strip{of(s, false, max_pixels)};
+    const int rows = max_pixels / kCols, even = strip.P + strip.P % 2;
+    if (even == 0 || strip.Q == 0) return strip;
+    const int apart = (even + rows - 1) / rows * rows;
+    const int stack = patch_of(rows, kPitch, even) <= max_patch ? even : apart;
+    if (strip.tiles_of(rows, kCols, stack) > std::numeric_limits<int>::max()) return strip;
+    strip.cut(rows, kCols, kPitch, stack);
+    return strip;
   }
 };
 

@@ -480,7 +480,7 @@ template <class Tile, class Source, class Gradient, class AnyTiling>
 cudaError_t launch_weight_gradient(void (*kernel)(WeightGradient<Source, Gradient, AnyTiling>),
                                    const ConvCall& call, const Source& x, const Gradient& gradient,
                                    float* dweight, float* dbias, void* workspace, cudaStream_t stream) {
-  static_assert(std::is_same_v<AnyTiling, Tiling> || Tile::kPixels <= SpreadTiling::kMaxPixels);
+  static_assert(!std::is_same_v<AnyTiling, SpreadTiling> || Tile::kPixels <= SpreadTiling::kMaxPixels);
   const ConvSize& s = call.size;
   const AnyTiling tiling = AnyTiling::choose(s, false, Tile::kPixels, Tile::kMaxPatch);
   if (tiling.tile_cols == 0) return cudaErrorInvalidValue;

@@ -197,6 +197,15 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[NT][4], const uint32_t (&a
 #endif
 }
 
+// The same of a b whose descriptor is wgmma_columns': imm-trans-b, which TF32 does not have.
+template <int NT>
+__device__ __forceinline__ void wgmma_bf16_trans(float (&d)[NT][4], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(NT == 8);
+#ifdef MASKCORE_WGMMA
+  MASKCORE_WGMMA_64_COLUMNS("k16.f32.bf16.bf16", ", 1");
+#endif
+}
+
 // wgmma.mma_async.sync.aligned.m64n(8 NT)k8.f32.tf32.tf32: the same, a as mma_tf32's A.
 template <int NT>
 __device__ __forceinline__ void wgmma_tf32(float (&d)[NT][4], const uint32_t (&a)[4], uint64_t b) {
@@ -298,6 +307,23 @@ __device__ __forceinline__ void wgmma_wait_for(float (&d)[NT][4]) {
 __device__ __forceinline__ uint64_t wgmma_rows_of_64(const void* rows) {
   constexpr uint64_t kSwizzle64 = 2, kUnused = 1, kEightRows = 512;
   return kSwizzle64 << 62 | kEightRows >> 4 << 32 | kUnused << 16 | (shared_address(rows) & 0x3ffffu) >> 4;
+}
+
+// The matrix descriptor of an operand whose reduction goes over rows of 16 bytes, eight adjacent columns of
+// bfloat16 each ("no-swizzle mode", MN-major): eight rows lie one behind the other from `first` on, the next
+// eight of a step's sixteen `eight_rows` bytes further, the next eight columns `eight_columns` bytes further;
+// all multiples of 16.
+__device__ __forceinline__ uint64_t wgmma_columns(const void* first, int eight_rows, int eight_columns) {
+  const auto encoded = [](uint32_t bytes) { return static_cast<uint64_t>((bytes & 0x3ffffu) >> 4); };
+  return encoded(static_cast<uint32_t>(eight_columns)) << 32 |
+         encoded(static_cast<uint32_t>(eight_rows)) << 16 | encoded(shared_address(first));
+}
+
+// That of the same operand from `sixteens` times 16 bytes further on. In 32 bits, which its beginning does
+// not leave: a carry into the upper half would be computed, where that is a constant.
+__device__ __forceinline__ uint64_t wgmma_columns_from(uint64_t columns, int sixteens) {
+  constexpr uint64_t kUpper = 0xffffffffull << 32;
+  return (columns & kUpper) | (static_cast<uint32_t>(columns) + static_cast<uint32_t>(sixteens));
 }
 
 // The inverse of pack_bf16, exact: a bfloat16 is a float's upper half.

@@ -54,7 +54,7 @@ TARGETS = {
     "sm_100": Target("B200", 2048, 32, 228 * 1024),
     "sm_120": Target("RTX 50", 1536, 24, 100 * 1024),
 }
-OF_WGMMA = "conv_halo_wgmma_kernel"
+OF_WGMMA = ("conv_halo_wgmma_kernel", "conv_weight_gradient_wgmma_kernel")
 REGISTERS = 65536
 SMALL = 100 * 1024  # bytes of shared memory of the GPUs that are not for data centres
 LEAST_OCCUPANCY = 0.25
@@ -69,6 +69,8 @@ FEW_THREADS = {
     "two blocks are eight warps, with no barrier within a slab",
     r"conv_first_layer_gradient_kernel<FirstLayerGradientTile<(Tf32|Ieee)>": "its rows take 71 KB; the loads of one "
     "block's 8 warps are more than an SM with 100 KB gets in a microsecond",
+    "conv_weight_gradient_wgmma_kernel": "three warpgroups with 96 sums a thread fill the registers; each has a step's "
+    "products in the tensor cores' queue while it loads the next fragments",
 }
 
 
@@ -502,9 +504,10 @@ occupancy (resident warps of those that an SM can hold, by the published limits)
 share of the machine's instructions that the tensor cores execute (HMMA, of 16 x 8 sums, and HGMMA, of which a warp's
 part are 16 x 64 or 16 x 128; the others load fragments, copy and count), in a step that loads an item of aligned
 tensors, by the longest way through the innermost loop / in one without it; HGMMA's loop is a whole slab, nine steps and
-up to three items. Bytes spilled stand behind them: there are {spilled} in all. Threads and shared memory (static and
-dynamic, in bytes, the most of the network's layers) are those of the launchers, which take less where a multiprocessor
-has less, and keep some kernels to those that have most.
+up to three items, or a whole tile of a filter's gradient, 16 steps and all its items. Bytes spilled stand behind them:
+there are {spilled} in all. Threads and shared memory (static and dynamic, in bytes, the most of the network's layers)
+are those of the launchers, which take less where a multiprocessor has less, and keep some kernels to those that have
+most.
 
 `tests/test_cuda_resources.py` holds every kernel to the budget in its `__launch_bounds__(threads, blocks)`: no spills,
 registers for so many blocks on every target, and on those with more than 100 KB of shared memory so many blocks; at

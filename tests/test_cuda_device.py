@@ -353,7 +353,8 @@ def test_wgmma_gives_what_mma_gives(
         y.backward(decided.to(dtype))
         found.append([y.detach(), *(operand.grad for operand in given), decided])
     for i, (mine, theirs) in enumerate(zip(found[1][:-1], found[0][:-1], strict=True)):
-        tolerance = 2.0**-9 if mine.dtype == torch.bfloat16 else 2e-6
+        # Of a gradient's sums over pixels a tensor core may cut off the last bit, once in 16 terms.
+        tolerance = 2.0**-9 if mine.dtype == torch.bfloat16 else max(2e-6, N * H * W / 16 * 2.0**-24)
         assert_close(mine, theirs, tolerance, f"result {i}")
 
 

@@ -223,6 +223,65 @@ def test_the_descriptor_of_swizzled_rows(instructions: Kernels) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("leading", "stride", "shift"),
+    [(128, 512, 256), (160, 592, 16), (128, 4112, 2048)],
+    ids=["dense", "rows of ten pixels", "far apart"],
+)
+def test_wgmma_trans(
+    instructions: Kernels, leading: int, stride: int, shift: int, groups: int, order: Order
+) -> None:
+    """Two products on the same sums, the second one of a matrix that begins ``shift`` bytes further, which may be
+    within the first one: bytes are those of an image here, of which both read what they find."""
+    rng = np.random.default_rng(0)
+    columns, depth = 64, 16
+    figure, of_a = ptx_fragments.wgmma_d(columns), PRODUCTS[0]
+    size = 7 * stride + leading + 128 + shift  # bytes of both
+    begins = [group * (size + 48) for group in range(groups)]
+    memory = rng.integers(-9, 10, (groups, size // 2)).astype(np.float32)
+    a = rng.integers(-99, 100, (groups, 2, 64, depth)).astype(np.float32)
+    c = rng.integers(-99, 100, (groups, 64, columns)).astype(np.float32)
+    places = [begin + at for begin in begins for at in range(0, size, 16)]
+    descriptors = [
+        ptx_fragments.matrix_descriptor(begin + i * shift, leading, stride, 0, mode=0)
+        for begin in begins
+        for i in range(2)
+    ]
+    halves = a.transpose(1, 0, 2, 3)
+    held = np.array([[of_a.fragments(of_group) for of_group in half] for half in halves])
+    d = np.array([fragments(float_bits(of_group), figure, columns // 2, WARPGROUP) for of_group in c])
+    chunks = of_a.chunks(memory.reshape(1, -1)).reshape(-1, 4)
+    given = (held, chunks, np.array(places, np.int32), len(places), np.array(descriptors, np.uint64), d)
+    instructions.run("launch_wgmma_trans", *given, groups, order=order)
+    for group in range(groups):
+        exact = c[group].copy()
+        for i in range(2):
+            b = [
+                [
+                    memory[group, (i * shift + ptx_fragments.columns_place(k, n, leading, stride)) // 2]
+                    for n in range(columns)
+                ]
+                for k in range(depth)
+            ]
+            exact += a[group, i] @ np.array(b)
+        expected = fragments(float_bits(exact), figure, columns // 2, WARPGROUP)
+        np.testing.assert_array_equal(d[group], expected)
+
+
+def test_the_descriptor_of_unswizzled_columns(instructions: Kernels) -> None:
+    rng = np.random.default_rng(0)
+    rows, columns = rng.integers(1, 1 << 14, (2, 32)).astype(np.int32) * 16
+    addresses, descriptors = np.zeros(32, np.uint32), np.zeros(32, np.uint64)
+    instructions.run("launch_columns_descriptor", rows, columns, Output(addresses), Output(descriptors))
+    assert (addresses - addresses[0]).tolist() == [16 * i for i in range(32)]
+    assert descriptors.tolist() == [
+        ptx_fragments.matrix_descriptor(int(address), int(leading), int(stride), 0, mode=0)
+        for address, leading, stride in zip(addresses, rows, columns, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("count", "transposed"), [(1, False), (2, False), (2, True), (4, False), (4, True)])
 def test_ldmatrix(instructions: Kernels, count: int, transposed: bool, order: Order) -> None:
     matrices = np.arange(4 * 64, dtype=np.uint16).reshape(4, 8, 8) + 1000

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from cuda_emulator import ORDERS, Fault, Kernels, Order, Output, Replacement
 from test_cuda_conv import (
     KINDS,
+    MULTIPROCESSORS,
     SMALL,
     Kind,
     Size,
@@ -62,6 +63,22 @@ WGMMA_ALONE = (
     ),
 )
 
+# The same of the filter's gradient.
+WGMMA_GRADIENT_ALONE = (
+    *BF16,
+    WGMMA_ALONE[-2],
+    Replacement(
+        "conv_dispatch.cuh",
+        "      return first_layer_gradient<Math>(call, x, gradient, dweight, dbias, sums, stream);\n",
+        "      return cudaErrorInvalidValue;\n",
+    ),
+    Replacement(
+        "conv_dispatch.cuh",
+        "  return weight_gradient<Math>(call, x, gradient, dweight, dbias, sums, stream);\n",
+        "  return cudaErrorInvalidValue;\n",
+    ),
+)
+
 # Blocks of the wide tile with two slabs, and of the narrow one that go through several tiles each; tails in
 # every dimension, borders inside and outside of the last image.
 WIDE = Size(2, 9, 18, 20, 65, 1)
@@ -81,6 +98,10 @@ WGMMA_SIZES = (
     Size(1, 13, 21, 34, 34, 1),
     Size(1, 7, 9, 66, 34, 0),
 )
+
+
+# Three tiles of one image, side by side; nine of four images, of which some have pixels of three, in two splits.
+WGMMA_GRADIENT_SIZES = (Size(1, 13, 21, 40, 40, 1), Size(4, 19, 17, 34, 40, 0))
 
 
 def run_forward(kernels: Kernels, s: Size, order: Order, kind: Kind = KINDS["tf32"]) -> None:
@@ -115,19 +136,24 @@ def run_statistics(kernels: Kernels, s: Size, order: Order) -> None:
     close(var, variance, 9 * s.C, "var", magnitude=float(exact.abs().max()) ** 2)
 
 
-def run_backward(kernels: Kernels, s: Size, order: Order) -> None:
+def run_backward(kernels: Kernels, s: Size, order: Order, kind: Kind = KINDS["bf16"]) -> None:
     x, weight = whole(s.N, s.H, s.W, s.C), whole(s.K, s.C, 3, 3)
     dy, y = whole(s.N, s.P, s.Q, s.K), whole(s.N, s.P, s.Q, s.K)
-    dx, dweight, dbias = torch.empty_like(x).bfloat16(), torch.empty(s.K, s.C, 3, 3), torch.empty(s.K)
-    call = conv_call(s, KINDS["bf16"])
+    dx = None if kind.wgmma else Output(torch.empty_like(x).bfloat16())
+    dweight, dbias = torch.empty(s.K, s.C, 3, 3), torch.empty(s.K)
+    call = conv_call(s, kind, multiprocessors=2 if kind.wgmma else MULTIPROCESSORS)
     room = workspace(kernels, "conv_relu_backward_workspace_bytes", call)
     inputs = (dy.bfloat16(), x.bfloat16(), weight.float(), y.bfloat16())
-    outputs = (Output(dx), Output(dweight), Output(dbias))
+    outputs = (dx, Output(dweight), Output(dbias))
     kernels.run("launch_conv_relu_backward", call, *inputs, *outputs, room, order=order)
     gradient = nchw(dy * (y > 0))
     exact = conv2d_weight(nchw(x), list(weight.shape), gradient, padding=s.padding)
     equal(dweight, exact, "dweight")
     equal(dbias, gradient.sum((0, 2, 3)), "dbias")
+
+
+def run_wgmma_gradient(kernels: Kernels, s: Size, order: Order) -> None:
+    run_backward(kernels, s, order, KINDS["bf16-wgmma"])
 
 
 class Seeded(NamedTuple):
@@ -311,11 +337,62 @@ OF_STATISTICS = [
            "records + warp * 3 * Tile::kTileN", "records + warp * 2 * Tile::kTileN", "race: "),
 ]  # fmt: skip
 
+WGMMA_GRADIENT = "conv_weight_gradient_wgmma.cuh"
+
+OF_WGMMA_GRADIENT = [
+    Seeded("gradient_without_operand_fence", WGMMA_GRADIENT, "    wgmma_operand_fence();\n", "", UNFENCED),
+    Seeded("gradient_operand_fence_behind_the_barrier", WGMMA_GRADIENT,
+           "    wgmma_operand_fence();\n    __syncthreads();\n", "    __syncthreads();\n    wgmma_operand_fence();\n",
+           UNFENCED),
+    Seeded("gradient_without_barrier_before_a_tile", WGMMA_GRADIENT,
+           "    wgmma_operand_fence();\n    __syncthreads();\n", "    wgmma_operand_fence();\n",
+           f"race: |{IN_FLIGHT}|{READ_IN_FLIGHT}|{UNFENCED}|which nothing has written"),
+    Seeded("gradient_without_wait_group", WGMMA_GRADIENT, "    cp_async_wait<0>();\n", "", IN_FLIGHT),
+    Seeded("gradient_without_wgmma_fence", WGMMA_GRADIENT, "      wgmma_fence();\n", "", "without a wgmma.fence"),
+    Seeded("gradient_without_wgmma_commit", WGMMA_GRADIENT, "      wgmma_commit();\n", "", "in flight"),
+    Seeded("gradient_without_wait_in_a_step", WGMMA_GRADIENT,
+           "        wgmma_wait<1>();  // the other", "        // the other", "of a wgmma in flight were written"),
+    Seeded("gradient_with_one_set_of_fragments", WGMMA_GRADIENT,
+           "ldmatrix_x4_trans(fragments[step % 2],", "ldmatrix_x4_trans(fragments[0],",
+           "fragments of a wgmma in flight were written"),
+    Seeded("gradient_without_wait_for_the_sums", WGMMA_GRADIENT, "wgmma_wait_for(acc[s]);", "wgmma_wait<1>();",
+           f"of a wgmma in flight were written|{READ_IN_FLIGHT}|ends with . wgmmas in flight|race: |{WRONG_RESULT}"),
+    Seeded("gradient_items_into_the_buffer_in_use", WGMMA_GRADIENT,
+           "finish(items, step - 1, buffer ^ 1)", "finish(items, step - 1, buffer)",
+           f"{READ_IN_FLIGHT}|race: |{WRONG_RESULT}"),
+    Seeded("gradient_numbers_of_the_next_tile_overwritten", WGMMA_GRADIENT,
+           "find_pixels(second, buffer, ", "find_pixels(second, buffer ^ 1, ", f"race: |{WRONG_RESULT}"),
+    Seeded("gradient_past_an_image_boundary", WGMMA_GRADIENT,
+           "        further += 2 * kPitch;\n", "", WRONG_RESULT),
+    Seeded("gradient_of_the_first_boundary_alone", WGMMA_GRADIENT,
+           "        boundary += tiling.stack;\n", "", WRONG_RESULT),
+    Seeded("gradient_rows_of_eight_pixels", WGMMA_GRADIENT,
+           "filter_row * kPitch * 16, kPitch * 16,", "filter_row * kPitch * 16, kCols * 16,", WRONG_RESULT),
+    Seeded("gradient_rows_of_the_wrong_half", WGMMA_GRADIENT,
+           "(2 * warp + (lane >> 3 & 1)) * Tile::kStride + ((lane & 7) + (lane >> 4) * 8) * 16",
+           "(2 * warp + (lane >> 4)) * Tile::kStride + ((lane & 7) + (lane >> 3 & 1) * 8) * 16", WRONG_RESULT),
+    Seeded("gradient_rows_of_an_odd_stack", "conv_tiling.cuh",
+           "even = strip.P + strip.P % 2;", "even = strip.P;", f"{WRONG_RESULT}|which nothing has written"),
+    Seeded("gradient_of_the_pixels_past_the_image", "conv_tiling.cuh",
+           "return {place.x < tile_rows && p < P && q < Q &&", "return {place.x < tile_rows && p < P && q <= Q &&",
+           f"{WRONG_RESULT}|out of bounds"),
+    Seeded("gradient_bias_thrice", WGMMA_GRADIENT,
+           "c0 == 0 && step % Tile::kGroups == filter_row", "c0 == 0", WRONG_RESULT),
+    Seeded("gradient_without_barrier_before_the_bias", WGMMA_GRADIENT,
+           "      to[8] = bias[2];\n    }\n    __syncthreads();\n", "      to[8] = bias[2];\n    }\n",
+           "race: |which nothing has written"),
+    Seeded("gradient_splits_in_one_place", WGMMA_GRADIENT,
+           "conv.dweight + (static_cast<int64_t>(split) * kTaps + tap)", "conv.dweight + static_cast<int64_t>(tap)",
+           f"race of blocks: writes|{WRONG_RESULT}"),
+]  # fmt: skip
+
 
 def seeded_kernels(seeded: Seeded) -> Kernels:
     change = Replacement(seeded.file, seeded.old, seeded.new)
     if seeded in OF_WGMMA:
         return cuda_emulator.build("conv_relu_cuda.cu", replacements=[*WGMMA_ALONE, change])
+    if seeded in OF_WGMMA_GRADIENT:
+        return cuda_emulator.build("conv_relu_backward_cuda.cu", replacements=[*WGMMA_GRADIENT_ALONE, change])
     if seeded in OF_STATISTICS:
         return cuda_emulator.build("conv_bn_relu_cuda.cu", replacements=[*WGMMA_ALONE, change])
     if seeded in FORWARD:
@@ -379,6 +456,12 @@ SAMPLED = {
     "sums_staged_over_the_next_patch",
     "next_patch_by_this_position",
     "moments_of_a_tile_past_the_last",
+    "gradient_without_operand_fence",
+    "gradient_without_wait_in_a_step",
+    "gradient_items_into_the_buffer_in_use",
+    "gradient_past_an_image_boundary",
+    "gradient_rows_of_the_wrong_half",
+    "gradient_bias_thrice",
 }
 
 
@@ -412,6 +495,14 @@ def test_a_fault_in_the_weight_gradient_is_found(seeded: Seeded) -> None:
         assert re.search(seeded.found_by, found := finding(run_backward, kernels, order)), f"{order}: {found}"
 
 
+@pytest.mark.parametrize("seeded", sampled(OF_WGMMA_GRADIENT), ids=str)
+def test_a_fault_in_the_weight_gradient_with_wgmma_is_found(seeded: Seeded) -> None:
+    kernels = seeded_kernels(seeded)
+    for order in ORDERS:
+        found = finding(run_wgmma_gradient, kernels, order, WGMMA_GRADIENT_SIZES)
+        assert re.search(seeded.found_by, found), f"{order}: {found}"
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_nothing_is_found_in_the_unchanged_kernels(order: Order) -> None:
     forward = cuda_emulator.build("conv_relu_cuda.cu", replacements=TF32)
@@ -422,3 +513,5 @@ def test_nothing_is_found_in_the_unchanged_kernels(order: Order) -> None:
     assert finding(run_wgmma, forward, order, WGMMA_SIZES) == "nothing"
     batch_norm = cuda_emulator.build("conv_bn_relu_cuda.cu", replacements=WGMMA_ALONE)
     assert finding(run_statistics, batch_norm, order, WGMMA_SIZES) == "nothing"
+    backward = cuda_emulator.build("conv_relu_backward_cuda.cu", replacements=WGMMA_GRADIENT_ALONE)
+    assert finding(run_wgmma_gradient, backward, order, WGMMA_GRADIENT_SIZES) == "nothing"

@@ -64,6 +64,21 @@ GRADIENT = {
     "tf32": [Limit("conv_weight_gradient.cuh", "b[i] = *reinterpret_cast<const uint32_t*>(shifted)",
                    "shared", "reads", 1.01)],
 }  # fmt: skip
+GRADIENT_OF_WGMMA = {
+    "bf16": [
+        Limit(
+            "conv_weight_gradient_wgmma.cuh", "ldmatrix_x4_trans(fragments[step % 2]", "shared", "reads", 1.0
+        ),
+        Limit(
+            "conv_weight_gradient_wgmma.cuh",
+            "*reinterpret_cast<uint4*>(items_to + to)",
+            "shared",
+            "writes",
+            1.0,
+        ),
+    ],
+    "tf32": GRADIENT["tf32"],
+}
 # The network's last block in a batch of 32, whose tiles begin in one image and end in the next: behind the boundary
 # windows lie two rows of the patch further, and may meet those in front of it. By input height: forward, backward-data,
 # the filter's gradient in bf16 and in TF32.
@@ -117,7 +132,8 @@ def test_backward(backward: Kernels, layer: Size, kind: str) -> None:
     outputs = map(Output, (torch.empty_like(x), torch.empty_like(weight), torch.empty(s.K)))
     arguments = (call, dy, x, weight, y, *outputs, room)
     found = backward.run("launch_conv_relu_backward", *arguments, count_traffic=True)
-    check(found, (BACKWARD_OF_WGMMA if k.wgmma else BACKWARD) + GRADIENT[k.precision])
+    of_filter = (GRADIENT_OF_WGMMA if k.wgmma else GRADIENT)[k.precision]
+    check(found, (BACKWARD_OF_WGMMA if k.wgmma else BACKWARD) + of_filter)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@
 // source file are one piece of memory, within which only an index beyond its own array is found. The tensor
 // core's sums are rounded once an instruction, from exact products; a GPU's last bits differ. Blocks may use
 // partial masks in shuffles and votes, but not in __syncwarp. Not there: clusters, TMA, operands of wgmma
-// other than a 64-byte swizzle's rows, textures, streams that overlap.
+// other than a 64-byte swizzle's rows and unswizzled columns, textures, streams that overlap.
 #pragma once
 
 #include <algorithm>
@@ -380,6 +380,10 @@ void wgmma_wait(CALLED_HERE) {
 template <int NT>
 void wgmma_bf16(float (&d)[NT][4], const uint32_t (&a)[4], uint64_t b, CALLED_HERE) {
   cuda_emulator::multiply_warpgroup("wgmma.k16.bf16", d[0], 8 * NT, a, b, HERE);
+}
+template <int NT>
+void wgmma_bf16_trans(float (&d)[NT][4], const uint32_t (&a)[4], uint64_t b, CALLED_HERE) {
+  cuda_emulator::multiply_warpgroup("wgmma.k16.bf16.trans", d[0], 8 * NT, a, b, HERE);
 }
 template <int NT>
 void wgmma_tf32(float (&d)[NT][4], const uint32_t (&a)[4], uint64_t b, CALLED_HERE) {

@@ -26,9 +26,12 @@ __global__ void mma_bf16_kernel(const uint32_t* a, const uint32_t* b, float* d) 
   for (unsigned i = 0; i < 4; ++i) d[lane * 4 + i] = fragment_d[i];
 }
 
+// How wgmma_kernel multiplies.
+enum class Product { kTf32, kBf16, kBf16Trans };
+
 // Two products on the same sums. Of b, 16 bytes each go to the byte of shared memory that `places` says; a
 // warpgroup has its own two descriptors, of rows that begin at byte 0.
-template <int NT, bool kBf16>
+template <int NT, Product kProduct>
 __global__ void wgmma_kernel(const uint32_t* a, const uint4* b, const int* places, int chunks,
                              const uint64_t* descriptors, float* d) {
   unsigned char* const s = dynamic_shared<unsigned char>();
@@ -45,8 +48,10 @@ __global__ void wgmma_kernel(const uint32_t* a, const uint4* b, const int* place
   wgmma_fence();
   for (int i = 0; i < 2; ++i) {
     const uint64_t descriptor = descriptors[thread / 128 * 2 + i] + (shared_address(s) >> 4);
-    if constexpr (kBf16) {
+    if constexpr (kProduct == Product::kBf16) {
       wgmma_bf16(sums, fragments[i], descriptor);
+    } else if constexpr (kProduct == Product::kBf16Trans) {
+      wgmma_bf16_trans(sums, fragments[i], descriptor);
     } else {
       wgmma_tf32(sums, fragments[i], descriptor);
     }
@@ -61,6 +66,13 @@ __global__ void descriptor_kernel(uint32_t* addresses, uint64_t* descriptors) {
   const unsigned char* const step = rows + threadIdx.x % 2 * 32;
   addresses[threadIdx.x] = shared_address(step);
   descriptors[threadIdx.x] = wgmma_rows_of_64(step);
+}
+
+__global__ void columns_descriptor_kernel(const int* eight_rows, const int* eight_columns,
+                                          uint32_t* addresses, uint64_t* descriptors) {
+  const unsigned char* const first = dynamic_shared<unsigned char>() + threadIdx.x * 16;
+  addresses[threadIdx.x] = shared_address(first);
+  descriptors[threadIdx.x] = wgmma_columns(first, eight_rows[threadIdx.x], eight_columns[threadIdx.x]);
 }
 
 // Four 8 x 8 matrices, one under the other, whose rows lie 48 bytes apart in shared memory.
@@ -259,8 +271,19 @@ cudaError_t launch_wgmma(const uint32_t* a, const uint4* b, const int* places, i
     return launch(kernel, 1, static_cast<unsigned>(128 * groups), 64 * 1024, stream, a, b, places, chunks,
                   descriptors, d);
   };
-  if (columns == 64) return with(of_bf16 ? wgmma_kernel<8, true> : wgmma_kernel<8, false>);
-  return with(of_bf16 ? wgmma_kernel<16, true> : wgmma_kernel<16, false>);
+  constexpr Product kRows[2] = {Product::kTf32, Product::kBf16};
+  if (columns == 64) return with(of_bf16 ? wgmma_kernel<8, kRows[1]> : wgmma_kernel<8, kRows[0]>);
+  return with(of_bf16 ? wgmma_kernel<16, kRows[1]> : wgmma_kernel<16, kRows[0]>);
+}
+cudaError_t launch_wgmma_trans(const uint32_t* a, const uint4* b, const int* places, int chunks,
+                               const uint64_t* descriptors, float* d, int groups, cudaStream_t stream) {
+  return launch(wgmma_kernel<8, Product::kBf16Trans>, 1, static_cast<unsigned>(128 * groups), 64 * 1024,
+                stream, a, b, places, chunks, descriptors, d);
+}
+cudaError_t launch_columns_descriptor(const int* eight_rows, const int* eight_columns, uint32_t* addresses,
+                                      uint64_t* descriptors, cudaStream_t stream) {
+  return launch(columns_descriptor_kernel, 1, 32, 16 * 32, stream, eight_rows, eight_columns, addresses,
+                descriptors);
 }
 cudaError_t launch_descriptor(uint32_t* addresses, uint64_t* descriptors, cudaStream_t stream) {
   return launch(descriptor_kernel, 1, 32, 16 * 512, stream, addresses, descriptors);

@@ -35,6 +35,7 @@ struct Wgmma {
   uint32_t held[4];  // the fragment as it was
   uint64_t descriptor;
   int columns;
+  bool transposed;
 };
 struct WgmmaSums {
   float* d;

@@ -216,6 +216,12 @@ def chunk_place(row: int, chunk: int, stride: int) -> int:
     return row // 8 * stride + row % 8 * 64 + SWIZZLE_64[row % 8][chunk] * 16
 
 
+def columns_place(depth: int, column: int, leading: int, stride: int) -> int:
+    """The byte where a bfloat16 of row ``depth`` of the reduction lies, MN-major without swizzling (figure 161): in
+    units of 16 bytes ((1, n), (8, k)) : ((X, stride), (1, leading)), as CuTe writes the canonical layout."""
+    return depth % 8 * 16 + depth // 8 * leading + column // 8 * stride + column % 8 * 2
+
+
 def matrix_descriptor(address: int, leading: int, stride: int, base_offset: int, mode: int) -> int:
     """Its format: bits 0-13, 16-29, 32-45, 49-51 and 62-63."""
     encoded = [(x & 0x3FFFF) >> 4 for x in (address, leading, stride)]

@@ -13,7 +13,7 @@
 namespace cuda_emulator {
 namespace {
 
-constexpr int kWarpsOfGroup = 4, kMostColumns = 256, kBytesOfStep = 32;
+constexpr int kWarpsOfGroup = 4, kMostColumns = 256, kBytesOfStep = 32, kMostDepth = 16;
 constexpr uint32_t kPoison = 0x7fc0beefu;  // a NaN
 
 // What the warps of each warpgroup have issued, in order: they must be the same.
@@ -29,7 +29,7 @@ struct Operand {
   const uint32_t* a;
   uint64_t descriptor;
   int columns;
-  bool bf16;
+  bool bf16, transposed;
   Place place;
   const void* code;
 };
@@ -37,15 +37,16 @@ struct Operand {
 // "Matrix Descriptor Format": 14 bits each of address, leading and stride byte offset without their lowest
 // four bits, then the base offset, and the kind of swizzle.
 struct Descriptor {
-  uint32_t start, stride;
+  uint32_t start, leading, stride;
   unsigned base_offset, swizzle;
   explicit Descriptor(uint64_t bits)
       : start(static_cast<uint32_t>(bits & 0x3fff) << 4),
+        leading(static_cast<uint32_t>(bits >> 16 & 0x3fff) << 4),
         stride(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4),
         base_offset(bits >> 49 & 7),
         swizzle(bits >> 62 & 3) {}
 };
-constexpr unsigned kSwizzle64 = 2;
+constexpr unsigned kNoSwizzle = 0, kSwizzle64 = 2;
 constexpr uint32_t kAtom = 512;  // eight rows of 64 bytes, which its pattern repeats after
 
 // Where 16 bytes of a row lie in the shared window: K-major, 64-byte swizzle.
@@ -55,9 +56,21 @@ uint32_t chunk_address(const Descriptor& of, int row, int chunk) {
   return linear ^ (linear >> 7 & 3) << 4;
 }
 
+// Where the 16 bytes of eight columns lie, of a step's `depth`-th row: MN-major, no swizzle. The document
+// calls the way along the reduction the leading one here.
+uint32_t columns_address(const Descriptor& of, int depth, int eight_columns) {
+  return of.start + static_cast<uint32_t>(depth / 8) * of.leading + static_cast<uint32_t>(depth % 8 * 16) +
+         static_cast<uint32_t>(eight_columns) * of.stride;
+}
+
+// Of an operand K-major, each row's chunks; of a transposed one, each of the reduction's rows' eights of
+// columns.
 template <class Visit>
-void each_chunk(const Descriptor& of, int columns, Visit visit) {
-  for (int row = 0; row < columns; ++row) {
+void each_chunk(const Descriptor& of, int columns, bool transposed, Visit visit) {
+  for (int depth = 0; transposed && depth < kMostDepth; ++depth) {
+    for (int eight = 0; eight < columns / 8; ++eight) visit(depth, eight, columns_address(of, depth, eight));
+  }
+  for (int row = 0; !transposed && row < columns; ++row) {
     for (int chunk = 0; chunk < kBytesOfStep / 16; ++chunk) visit(row, chunk, chunk_address(of, row, chunk));
   }
 }
@@ -99,7 +112,7 @@ void add(Thread& thread, const Operand& o, const double (&products)[4 * kMostCol
   }
   std::fill(o.d, o.d + count, std::bit_cast<float>(kPoison));
   ++sums->in_flight;
-  Wgmma product{o.d, o.a, {}, o.descriptor, o.columns};
+  Wgmma product{o.d, o.a, {}, o.descriptor, o.columns, o.transposed};
   std::copy(o.a, o.a + 4, product.held);
   wgmmas.products.push_back(product);
 }
@@ -112,9 +125,11 @@ void execute_wgmma(Operands lanes) {
       fault(code, "wgmma: lanes 0 and %d have different descriptors", lane);
   }
   const Descriptor of(any.descriptor);
-  if (of.swizzle != kSwizzle64)
-    fault(code, "wgmma: the emulator knows the 64-byte swizzle only, not %u", of.swizzle);
-  if (of.base_offset != 0 || of.start % kAtom >= 64)
+  if (of.swizzle != (any.transposed ? kNoSwizzle : kSwizzle64))
+    fault(code, "wgmma: the emulator knows the 64-byte swizzle, and none where b is transposed, not %u",
+          of.swizzle);
+  if (of.base_offset != 0) fault(code, "wgmma: a base offset");
+  if (!any.transposed && of.start % kAtom >= 64)
     fault(code, "wgmma: rows that do not begin at a multiple of %u bytes", kAtom);
 
   const auto [x, y, z] = block_size();
@@ -130,8 +145,16 @@ void execute_wgmma(Operands lanes) {
   }
 
   static uint32_t b[kMostColumns][kBytesOfStep / 4];
-  each_chunk(of, any.columns, [&](int row, int chunk, uint32_t address) {
-    std::memcpy(&b[row][4 * chunk], read_by_wgmma(address, code), 16);
+  each_chunk(of, any.columns, any.transposed, [&](int row, int chunk, uint32_t address) {
+    const void* const bytes = read_by_wgmma(address, code);
+    if (any.transposed) {
+      uint16_t eight[8];
+      std::memcpy(eight, bytes, 16);
+      for (int i = 0; i < 8; ++i)
+        std::memcpy(reinterpret_cast<char*>(b[8 * chunk + i]) + 2 * row, &eight[i], 2);
+    } else {
+      std::memcpy(&b[row][4 * chunk], bytes, 16);
+    }
   });
   static double products[kWarp][4 * kMostColumns / 8];
   // Row g or g + 8 of the warp's 16: the fragment's registers 0 and 2, or 1 and 3, of the four lanes of g.
@@ -153,7 +176,7 @@ void execute_wgmma(Operands lanes) {
       products[lane][column / 8 * 4 + row / 8 * 2 + column % 2] = sum;
     }
   }
-  each_chunk(of, any.columns, [](int, int, uint32_t address) { pin_for_wgmma(address); });
+  each_chunk(of, any.columns, any.transposed, [](int, int, uint32_t address) { pin_for_wgmma(address); });
   for (int lane = 0; lane < kWarp; ++lane) {
     add(threads[running.warp * kWarp + lane], *static_cast<Operand*>(lanes[lane]), products[lane]);
   }
@@ -191,7 +214,8 @@ void multiply_warpgroup(const char* instruction, float* d, int columns, const ui
   if (!wgmmas.fenced || !are_as_fenced(wgmmas, a, sizeof(a)) ||
       (!are_in_flight(wgmmas, d) && !are_as_fenced(wgmmas, d, sums_bytes)))
     fault(code, "%s without a wgmma.fence behind the last write of its registers", instruction);
-  Operand o{d, a, descriptor, columns, std::strstr(instruction, "bf16") != nullptr, place, code};
+  const auto has = [instruction](const char* word) { return std::strstr(instruction, word) != nullptr; };
+  Operand o{d, a, descriptor, columns, has("bf16"), has("trans"), place, code};
   meet_warp(instruction, kAllLanes, place, &o, execute_wgmma, code);
 }
 
@@ -224,7 +248,7 @@ void wait_warpgroup(int pending, Place place) {
     if (!std::equal(product.held, product.held + 4, product.a))
       fault(code, "fragments of a wgmma in flight were written: no wgmma.wait_group has ended it");
     if (running.thread % kWarp == 0) {
-      each_chunk(Descriptor(product.descriptor), product.columns,
+      each_chunk(Descriptor(product.descriptor), product.columns, product.transposed,
                  [code](int, int, uint32_t address) { unpin_for_wgmma(address, code); });
     }
     const auto sums = std::find_if(wgmmas.sums.begin(), wgmmas.sums.end(),
