@@ -464,7 +464,8 @@ def test_no_thread_outlives_its_epoch(how: str, pictures: list[data.Picture]) ->
             interrupted_consumer(batches)
     elif how != "never begun":
         next(batches)
-        assert len([t for t in threading.enumerate() if t.name.startswith("maskcore")]) == 3
+        # A pool begins a thread for a job that finds none idle: on a busy machine that may never be the last one.
+        assert 1 <= len([t for t in threading.enumerate() if t.name.startswith("maskcore")]) <= 3
         if how == "closed":
             batches.close()  # type: ignore[attr-defined]
     del batches

@@ -67,11 +67,16 @@ uint32_t columns_address(const Descriptor& of, int depth, int eight_columns) {
 // columns.
 template <class Visit>
 void each_chunk(const Descriptor& of, int columns, bool transposed, Visit visit) {
-  for (int depth = 0; transposed && depth < kMostDepth; ++depth) {
-    for (int eight = 0; eight < columns / 8; ++eight) visit(depth, eight, columns_address(of, depth, eight));
-  }
-  for (int row = 0; !transposed && row < columns; ++row) {
-    for (int chunk = 0; chunk < kBytesOfStep / 16; ++chunk) visit(row, chunk, chunk_address(of, row, chunk));
+  if (transposed) {
+    for (int depth = 0; depth < kMostDepth; ++depth) {
+      for (int eight = 0; eight < columns / 8; ++eight)
+        visit(depth, eight, columns_address(of, depth, eight));
+    }
+  } else {
+    for (int row = 0; row < columns; ++row) {
+      for (int chunk = 0; chunk < kBytesOfStep / 16; ++chunk)
+        visit(row, chunk, chunk_address(of, row, chunk));
+    }
   }
 }
 
