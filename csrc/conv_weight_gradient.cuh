@@ -482,6 +482,7 @@ cudaError_t launch_weight_gradient(void (*kernel)(WeightGradient<Source, Gradien
                                    float* dweight, float* dbias, void* workspace, cudaStream_t stream) {
   static_assert(!std::is_same_v<AnyTiling, SpreadTiling> || Tile::kPixels <= SpreadTiling::kMaxPixels);
   const ConvSize& s = call.size;
+  if (s.N * s.H * s.W > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;  // NumberedPixel's
   const AnyTiling tiling = AnyTiling::choose(s, false, Tile::kPixels, Tile::kMaxPatch);
   if (tiling.tile_cols == 0) return cudaErrorInvalidValue;
   // At least four tiles a block, whose sums are then not more memory than its input.
@@ -512,7 +513,6 @@ cudaError_t launch_weight_gradient(void (*kernel)(WeightGradient<Source, Gradien
 template <class Math, class Source, class Gradient>
 cudaError_t weight_gradient(const ConvCall& call, const Source& x, const Gradient& gradient, float* dweight,
                             float* dbias, void* workspace, cudaStream_t stream) {
-  if (call.size.N * call.size.H * call.size.W > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
   const auto with = [&]<class Tile>(Tile*) {
     return launch_weight_gradient<Tile>(&conv_weight_gradient_kernel<Tile, Source, Gradient>, call, x,
                                         gradient, dweight, dbias, workspace, stream);

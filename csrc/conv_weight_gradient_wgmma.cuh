@@ -255,7 +255,6 @@ __global__ void __launch_bounds__(WgmmaGradientTile::kThreads, WgmmaGradientTile
 template <class Source, class Gradient>
 cudaError_t weight_gradient_wgmma(const ConvCall& call, const Source& x, const Gradient& gradient,
                                   float* dweight, float* dbias, void* workspace, cudaStream_t stream) {
-  if (call.size.N * call.size.H * call.size.W > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
   return launch_weight_gradient<WgmmaGradientTile>(&conv_weight_gradient_wgmma_kernel<Source, Gradient>, call,
                                                    x, gradient, dweight, dbias, workspace, stream);
 }

@@ -353,8 +353,11 @@ def test_wgmma_gives_what_mma_gives(
         y.backward(decided.to(dtype))
         found.append([y.detach(), *(operand.grad for operand in given), decided])
     for i, (mine, theirs) in enumerate(zip(found[1][:-1], found[0][:-1], strict=True)):
-        # Of a gradient's sums over pixels a tensor core may cut off the last bit, once in 16 terms.
-        tolerance = 2.0**-9 if mine.dtype == torch.bfloat16 else max(2e-6, N * H * W / 16 * 2.0**-24)
+        tolerance = 2.0**-9 if mine.dtype == torch.bfloat16 else 2e-6
+        if dtype == torch.bfloat16 and i >= 2:
+            # The filter's and the bias' gradients: of sums over pixels a tensor core may cut off the last bit, once in
+            # 16 terms. In TF32 they are not by wgmma.
+            tolerance = max(tolerance, N * H * W / 16 * 2.0**-24)
         assert_close(mine, theirs, tolerance, f"result {i}")
 
 
