@@ -13,7 +13,8 @@ void convolve_backward(const ConvShape& s, Precision precision, const Input& inp
                        const float* weight, const Sink& sink, float* dweight, float* dbias) {
   if (use_winograd(s)) {
     with_operands(precision, [&]<class Operands>() {
-      WinogradBackward<Operands, Input, Gradient, Sink>(s, input, gradient, weight, sink).run(dweight, dbias);
+      const GradientSink<Input> any(sink);
+      WinogradBackward<Operands, Input, Gradient>(s, input, gradient, weight, any).run(dweight, dbias);
     });
   } else {
     convolve_backward_weight(s, input, gradient, dweight, dbias);

@@ -28,6 +28,8 @@
 namespace maskcore {
 
 inline constexpr int64_t kMostPatchChannels = kMostFirstLayerChannels;  // ops.py knows this number too
+/// Whether neither z nor relu(bn(z)) of such a convolution is stored.
+inline bool is_recomputed(const ConvShape& s) { return s.C <= kMostPatchChannels; }
 inline constexpr int64_t kPatch = 32;
 static_assert(kTaps * kMostPatchChannels + 1 <= kPatch);
 // Pixels of a product: their rows of P and of g, 2 * 128 * 32 * 4 = 32 KB, lie in L1 or just behind it.

@@ -645,6 +645,31 @@ struct StoreRows {
   }
 };
 
+/// Any sink, for one kind of input: so WinogradBackward is compiled once for all of them, at a call a row.
+template <class Input>
+class GradientSink {
+ public:
+  template <class Sink>
+  explicit GradientSink(const Sink& sink)
+      : dx(sink.dx),
+        wanted_(sink.wanted()),
+        sink_(&sink),
+        take_([](const void* s, const Input& input, int64_t slot, int64_t n, int64_t h, float* row) {
+          static_cast<const Sink*>(s)->take(input, slot, n, h, row);
+        }) {}
+  bool wanted() const { return wanted_; }
+  void take(const Input& input, int64_t slot, int64_t n, int64_t h, float* row) const {
+    take_(sink_, input, slot, n, h, row);
+  }
+
+  float* const dx;
+
+ private:
+  const bool wanted_;
+  const void* const sink_;
+  void (*const take_)(const void*, const Input&, int64_t, int64_t, int64_t, float*);
+};
+
 /// dw [K,C,3,3] of dU: `pieces` of [36][panel of K][C][kTileColumns], one behind another, that are added up.
 inline void transform_filter_gradients(const float* du, int64_t pieces, int64_t K, int64_t C, float* dw) {
   const int64_t panels = ceil_div(K, kTileColumns), component = panels * C * kTileColumns;
@@ -687,12 +712,12 @@ inline int64_t filter_gradient_floats(const ConvShape& s) {
 inline bool backward_in_pieces(const ConvShape& s) { return filter_gradient_floats(s) * 4 <= kPieceBytes; }
 
 /// The three gradients of a convolution. `Input` is the source of x, `Gradient` that of the gradient at its
-/// output, `Sink` takes dX: StoreRows or what has its members.
-template <class Operands, class Input, class Gradient, class Sink>
+/// output, the sink takes dX.
+template <class Operands, class Input, class Gradient>
 class WinogradBackward {
  public:
   WinogradBackward(const ConvShape& s, const Input& input, const Gradient& gradient, const float* weight,
-                   const Sink& sink)
+                   const GradientSink<Input>& sink)
       : s_(s), input_(input), gradient_(gradient), sink_(sink) {
     if (sink.wanted()) filter_ = transform_filters<Operands, F4>(weight, filter_shape_);
   }
@@ -886,7 +911,7 @@ class WinogradBackward {
   const int64_t du_floats_ = filter_gradient_floats(s_);
   const Input input_;
   const Gradient gradient_;
-  const Sink sink_;
+  const GradientSink<Input> sink_;
   const FilterShape filter_shape_ = FilterShape::backward(s_.K, s_.C);
   const typename Operands::Element* filter_ = nullptr;  // if dx is wanted
   float* du_ = nullptr;                                 // [piece][36][panel of K][C][kTileColumns]

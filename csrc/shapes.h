@@ -73,6 +73,25 @@ struct ConvShape {
   ConvShape backward_data() const { return {.N = N, .H = P, .W = Q, .C = K, .K = C, .padding = 2 - padding}; }
 };
 
+/// A convolution and the one behind it, whose output may be pooled.
+struct HeadShape {
+  ConvShape first, second;
+  bool pool;
+
+  static HeadShape of(const Tensor& x, const Tensor& weight1, const Tensor& weight2, int64_t padding1,
+                      int64_t padding2, bool pool) {
+    const ConvShape first = ConvShape::of(x, weight1, padding1);
+    STD_TORCH_CHECK(padding2 == 0 || padding2 == 1, "padding2 must be 0 or 1, is ", padding2);
+    check_tensor(weight2, "weight2", {kAny, first.K, 3, 3});
+    const ConvShape second{
+        .N = first.N, .H = first.P, .W = first.Q, .C = first.K, .K = weight2.size(0), .padding = padding2};
+    STD_TORCH_CHECK(second.P >= 1 && second.Q >= 1, "x is too small for two convolutions: the first gives ",
+                    first.P, " x ", first.Q);
+    STD_TORCH_CHECK(second.K >= 1, "weight2 must have at least one output channel");
+    return {.first = first, .second = second, .pool = pool};
+  }
+};
+
 /// 2x2 max-pooling with stride 2; an odd last row or column is dropped (VALID).
 struct PoolShape {
   int64_t N, H, W, C;

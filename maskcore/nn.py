@@ -191,7 +191,7 @@ def can_fuse(first: torch.nn.Module, second: torch.nn.Module, x: Tensor) -> bool
         and type(second) is ConvReLU
         and first.training
         and first.precision == second.precision
-        and x.device.type in ("cpu", "cuda")
+        and not x.is_meta
         and not _is_watched(first)
         and not _is_watched(second)
     )

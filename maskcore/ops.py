@@ -42,9 +42,9 @@ def _nchw(x: Tensor) -> Tensor:
 def _check_image(x: Tensor, name: str = "x") -> None:
     if x.dim() != 4:
         raise ValueError(f"{name} must be a batch of images [N, C, H, W], has {x.dim()} dimensions")
-    if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and x.device.type == "cuda"):
-        allowed = "float32 or bfloat16" if x.device.type == "cuda" else "float32"
-        raise TypeError(f"{name} must be {allowed}, is {x.dtype}")
+    on_cpu = x.device.type == "cpu"
+    if x.dtype != torch.float32 and (on_cpu or x.dtype != torch.bfloat16):
+        raise TypeError(f"{name} must be float32{'' if on_cpu else ' or bfloat16'}, is {x.dtype}")
 
 
 def _check_devices(image: str, device: torch.device, **others: Tensor) -> None:
@@ -620,12 +620,12 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor
     for name, tensor, shape in (("weight", weight, (K, x.shape[1])), ("bias", bias, (K,))):
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, has {tuple(tensor.shape)}")
-    on_cuda = x.device.type == "cuda"
+    on_cpu = x.device.type == "cpu"
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor.dtype != torch.float32 and not (name == "x" and on_cuda and x.dtype == torch.bfloat16):
+        if tensor.dtype != torch.float32 and (on_cpu or name != "x" or x.dtype != torch.bfloat16):
             raise TypeError(f"{name} must be float32, is {tensor.dtype}")
     _check_devices("x", x.device, weight=weight, bias=bias)
-    if x.device.type != "cpu":
+    if not on_cpu:
         return dense_reference(x, weight.to(x.dtype), bias.to(x.dtype), relu)
     return _ops.dense(x.contiguous(), weight.contiguous(), bias.contiguous(), relu)
 

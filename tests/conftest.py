@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator
 
 import cuda_emulator
 import pytest
 import torch
+import torch_devices
 from torch import Tensor
 
 import maskcore
@@ -39,34 +41,69 @@ GPUS = [
 ]
 
 
-@pytest.fixture(params=["cpu", *GPUS])
-def device(request: pytest.FixtureRequest) -> str:
+#: Where there is none, devices that run the kernels' sources on the emulator: of compute capability 8.0 and 9.0.
+EMULATED = ["emulated:0", "emulated:1"] if not GPUS and cuda_emulator.has_compiler() else []
+#: Of the tests on those, which take twenty minutes, one in so many is not marked slow.
+SAMPLED = 12
+
+
+@pytest.fixture(scope="session")
+def emulated() -> cuda_emulator.Kernels:
+    """The kernels of the devices "emulated", which are there from then on."""
+    return torch_devices.load_emulated()
+
+
+def _ready(request: pytest.FixtureRequest) -> Iterator[str]:
+    kernels = request.getfixturevalue("emulated") if request.param in EMULATED else None
+    yield str(request.param)
+    if kernels is not None:
+        kernels.raise_fault()
+
+
+@pytest.fixture(params=["cpu", *GPUS, *EMULATED[:1]])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every device that operators can run on.
 
     Numbers are drawn, and references computed, on the CPU: they are the same for all devices.
     """
-    return str(request.param)
+    yield from _ready(request)
+
+
+@pytest.fixture(params=[*GPUS, *EMULATED] or ["cuda:0"])
+def gpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every GPU, or what stands for one; where there is neither the test is skipped."""
+    if request.param not in (*GPUS, *EMULATED):
+        pytest.skip(f"needs a GPU or a C++ compiler: maskcore's CUDA kernels are {CUDA_STATE}")
+    yield from _ready(request)
 
 
 @pytest.fixture(params=GPUS or ["cuda:0"])
-def gpu(request: pytest.FixtureRequest) -> str:
+def cuda(request: pytest.FixtureRequest) -> str:
     """Every GPU; where there is none the test is skipped."""
     if not GPUS:
         pytest.skip(f"needs a GPU: maskcore's CUDA kernels are {CUDA_STATE}")
     return str(request.param)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the CPU's algorithms a GPU knows nothing: there a test runs once."""
+    """Of the CPU's algorithms a GPU knows nothing: there a test runs once. On the emulator most are slow."""
+
+    def on_gpu(item: pytest.Item) -> bool:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        return not {params.get("device"), params.get("gpu")}.isdisjoint([*GPUS, *EMULATED])
 
     def repeats(item: pytest.Item) -> bool:
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        return params.get("device") in GPUS and params.get("algorithm", "direct") != "direct"
+        algorithm = getattr(getattr(item, "callspec", None), "params", {}).get("algorithm", "direct")
+        return on_gpu(item) and algorithm != "direct"
 
     repeated = [item for item in items if repeats(item)]
     if repeated:
         config.hook.pytest_deselected(items=repeated)
         items[:] = [item for item in items if not repeats(item)]
+    for item in items:
+        if EMULATED and on_gpu(item) and zlib.crc32(item.name.encode()) % SAMPLED:
+            item.add_marker("slow")
 
 
 # Rounding errors of Winograd's F(4x4, 3x3) and F(6x6, 3x3) over those of a direct convolution: 5.3 and 23 in the root

@@ -1,7 +1,7 @@
-"""What only GPUs have, on those that are there: TF32 and bfloat16, graphs, streams, the CPU's results beside theirs.
+"""What only GPUs have: TF32 and bfloat16, graphs, streams, the CPU's results beside theirs.
 
-Skipped, with the reason, where there is none. In float32 the operators are tested as on the CPU, in test_ops.py and
-test_conv_bn_relu_conv_relu.py; the kernels' own sources are run on the emulator in the other test_cuda files.
+Where there is none, the emulated device is in its place; graphs and streams, which it has not, are skipped. In float32
+the operators are tested as on the CPU, in test_ops.py and test_conv_bn_relu_conv_relu.py.
 """
 
 from __future__ import annotations
@@ -275,15 +275,15 @@ def batches(counts: list[int]) -> list[StoredBatch]:
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
-def test_a_graph_replays_the_steps_that_it_captured(device: str, precision: ops.Precision) -> None:
+def test_a_graph_replays_the_steps_that_it_captured(cuda: str, precision: ops.Precision) -> None:
     """Captured twice, the same bits; not captured, the same but for cuBLAS' choices."""
     given = batches([4, 4, 3, 4, 4])
     results = []
     for whole in (4, 4, 5):  # a step for 5 pictures captures nothing here
         torch.manual_seed(3)
-        network, optimizer = small_run(device, precision)
-        with torch.cuda.device(device):
-            step = GraphStep(network, optimizer, Cuda(torch.device(device)), whole, fill=0)
+        network, optimizer = small_run(cuda, precision)
+        with torch.cuda.device(cuda):
+            step = GraphStep(network, optimizer, Cuda(torch.device(cuda)), whole, fill=0)
             torch.manual_seed(4)
             for batch in given:
                 step(batch)
@@ -297,9 +297,9 @@ def test_a_graph_replays_the_steps_that_it_captured(device: str, precision: ops.
 
 
 @pytest.mark.usefixtures("direct")
-def test_ten_steps_follow_the_cpu(device: str) -> None:
+def test_steps_follow_the_cpu(device: str) -> None:
     """Adam divides a small gradient by its size, and so makes rounding larger from step to step."""
-    given = batches([2] * 10)
+    given = batches([2] * (3 if device.startswith("emulated") else 10))
     losses = []
     for where in ("cpu", device):
         network, optimizer = small_run(where, "ieee")
@@ -338,7 +338,9 @@ def test_wgmma_gives_what_mma_gives(
     device: str, shape: tuple[int, ...], kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same products, whose float32 sums are rounded at other places."""
-    if torch.cuda.get_device_capability(device) != (9, 0):
+    if device != "emulated:1" and (
+        device == "emulated:0" or torch.cuda.get_device_capability(device) != (9, 0)
+    ):
         pytest.skip("wgmma is for compute capability 9.0")
     (N, H, W, C, K), (precision, dtype) = shape, kind
     operands = [image(N, C, H, W).to(dtype), torch.randn(K, C, 3, 3) / (3 * C**0.5), torch.randn(K)]
@@ -361,11 +363,11 @@ def test_wgmma_gives_what_mma_gives(
         assert_close(mine, theirs, tolerance, f"result {i}")
 
 
-def test_a_stream_is_followed(device: str) -> None:
-    x = torch.rand(64, 1024).to(device)
-    seed = torch.tensor([5], device=device)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+def test_a_stream_is_followed(cuda: str) -> None:
+    x = torch.rand(64, 1024).to(cuda)
+    seed = torch.tensor([5], device=cuda)
+    stream = torch.cuda.Stream(cuda)
+    stream.wait_stream(torch.cuda.current_stream(cuda))
     with torch.cuda.stream(stream):
         y = ops.dropout(x * 2, seed, 0.5)
     stream.synchronize()

@@ -1,15 +1,17 @@
 """csrc/ops_cuda.cpp without a GPU: compiled for the host, on tensors of the meta device in a GPU's place.
 
 Of every operator: what it refuses, in a sentence that names the argument; the sizes and types of what it returns, which
-are those of shape inference; and that it launches kernels. What the kernels compute is the other files' business.
+are those of shape inference; and that it launches kernels. What it computes is tested as on a GPU, on the emulated
+device; here only that faults seeded into the file are found there.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
+import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,52 +19,13 @@ from typing import Any, NamedTuple
 import cuda_emulator
 import pytest
 import torch
-from cuda_emulator import CSRC, HERE
+import torch_devices
+from cuda_emulator import CSRC
 from torch import Tensor
-from torch.utils.cpp_extension import include_paths, library_paths
 
 from maskcore import ops  # noqa: F401 - registers shape inference
 
 pytestmark = pytest.mark.skipif(not cuda_emulator.has_compiler(), reason="there is no C++ compiler")
-
-NAME = "maskcore_on_meta"
-#: What only a GPU has, and what stands for it (cuda_emulator/meta_device.h); how often it is there.
-STAND_INS = {
-    "STABLE_TORCH_LIBRARY_IMPL(maskcore, CUDA, m)": (f"STABLE_TORCH_LIBRARY_IMPL({NAME}, Meta, m)", 1),
-    "torch::stable::accelerator::DeviceGuard guard_": ("NoGuard guard_", 1),
-    "cudaDeviceGetAttribute(": ("gpu_attribute(", 1),
-    "tensor.is_cuda()": ("on_gpu(tensor)", 3),
-    "tensor.get_device_index()": ("gpu_of(tensor)", 4),
-}
-
-
-def compiled(kernels: Path) -> Path:
-    """ops_cuda.cpp and the schemas of ops.cpp, under a name of their own, in front of the kernels."""
-    text = (CSRC / "ops_cuda.cpp").read_text()
-    for real, (stand_in, times) in STAND_INS.items():
-        assert text.count(real) == times, real
-        text = text.replace(real, stand_in)
-    schemas = (CSRC / "ops.cpp").read_text().replace("LIBRARY(maskcore,", f"LIBRARY({NAME},")
-    text = f'#include "meta_device.h"\n{text}{schemas}'
-    # The kernels' file is named after their sources and headers, which are those of this one, too.
-    key = hashlib.sha256(f"{text}{kernels.name}{torch.__version__}".encode()).hexdigest()[:16]
-    library = cuda_emulator.folder() / f"ops_on_meta-{key}.so"
-    if not library.exists():
-        source, partial = (
-            library.with_suffix(f".{os.getpid()}.cpp"),
-            library.with_suffix(f".{os.getpid()}.so"),
-        )
-        source.write_text(text)
-        flags = ["-std=c++20", "-O0", "-fPIC", "-shared", f"-I{HERE}", f"-I{CSRC}"]
-        flags += [flag for path in include_paths() for flag in ("-isystem", path)]
-        flags += ["-DMASKCORE_CUDA_EMULATION", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020B000000000000"]
-        flags += ["-DMASKCORE_BUILT_FOR_SM90A"]
-        libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
-        subprocess.run(["g++", *flags, source, kernels, *libraries, "-ltorch_cpu", "-o", partial], check=True)
-        source.unlink()
-        partial.replace(library)
-    library.touch()
-    return library
 
 
 class Device:
@@ -72,7 +35,7 @@ class Device:
         self.emulator = kernels.emulator
         self.library = ctypes.CDLL(str(library))
         torch.ops.load_library(str(library))
-        self.operators = getattr(torch.ops, NAME)
+        self.operators = getattr(torch.ops, torch_devices.META)
         self.launches = 0
         self.kernel = 0  # the one launched last
 
@@ -97,8 +60,8 @@ class Device:
 
 @pytest.fixture(scope="module")
 def device() -> Device:
-    kernels = cuda_emulator.build(*sorted(path.name for path in CSRC.glob("*_cuda.cu")))
-    return Device(kernels, compiled(kernels.path))
+    kernels = torch_devices.all_kernels()
+    return Device(kernels, torch_devices.on_meta(kernels))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -320,3 +283,42 @@ def test_tensors_of_more_than_2_31_elements_are_taken(device: Device, C: int) ->
 def test_nothing_is_launched_for_no_images(device: Device) -> None:
     assert device.call("conv_relu", meta(0, 8, 8, 5), WEIGHT, BIAS, 0)[0].shape == (0, 6, 6, 6)
     assert device.launches == 0
+
+
+# In a process of its own, since an operator can be registered once.
+CALLS = """
+import sys, torch, torch_devices
+from maskcore import ops
+kernels = torch_devices.load_emulated({changes!r})
+operands = torch.randn(2, 5, 9, 10), torch.randn(6, 5, 3, 3), *torch.randn(3, 6)
+operands = [operand.to("emulated:0").requires_grad_() for operand in operands]
+try:
+    ops.conv_bn_relu_train(*operands)[0].sum().backward()
+except RuntimeError as error:
+    kernels.raise_fault()
+    sys.exit(str(error))
+"""
+#: Faults of ops_cuda.cpp, and what is said of them; where it launched more than it allocates, the emulator has said it.
+FAULTS = {
+    "none": ({}, ""),
+    "workspace too small": (
+        {"{bytes}, ScalarType::Byte": "{bytes / 2}, ScalarType::Byte"},
+        r"kernel conv_halo_tile_kernel, .* out of bounds: .* past the end of a tensor of \d+ bytes",
+    ),
+    "result not written": (
+        {
+            "data<float>(dgamma),\n          data<float>(dbeta), room": "data<float>(dbeta), data<float>(dbeta), room"
+        },
+        "nothing wrote element 0 of a result of 24 bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_emulated_device_finds_faults(name: str) -> None:
+    changes, sentence = FAULTS[name]
+    command = [sys.executable, "-c", CALLS.format(changes=changes)]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert (done.returncode == 0) == (not changes), done.stderr
+    assert re.search(sentence, done.stderr), done.stderr

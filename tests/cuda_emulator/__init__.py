@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -173,11 +174,13 @@ def _compile(source: Path, flags: Sequence[str], includes: Sequence[Path], depen
     flags = [*flags, *_fused_multiply_add()]
     key = _hashed(flags, [source.read_bytes(), dependencies])
     made = folder() / f"{source.stem}-{key}.o"
-    if not made.exists():
-        partial = made.with_suffix(f".{os.getpid()}-{threading.get_ident()}.o")
-        search = [f"-I{path}" for path in includes]
-        _run("g++", *flags, *search, "-c", source, "-o", partial)
-        partial.replace(made)
+    with made.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the same tests waits, and finds it
+        if not made.exists():
+            partial = made.with_suffix(".partial.o")
+            search = [f"-I{path}" for path in includes]
+            _run("g++", *flags, *search, "-c", source, "-o", partial)
+            partial.replace(made)
     made.touch()
     return made
 
@@ -334,7 +337,7 @@ class Kernels:
     """A library of kernels; ``run`` calls one of its launchers."""
 
     def __init__(self, library: Path, runtime: Path) -> None:
-        self.path = library
+        self.path, self.runtime = library, runtime
         self.library = ctypes.CDLL(str(library))
         self.launchers = self._find_launchers()
         self.names: dict[int, str] = {}  # kernels', by address
@@ -421,7 +424,7 @@ class Kernels:
                 )
             )
         error = self.library[launcher.symbol](*values)
-        self._raise_fault()
+        self.raise_fault()
         if error != 0:
             raise LaunchError(f"{name} returned cudaError_t {error}")
         for i, tensor in enumerate(tensors.at.values()):
@@ -482,7 +485,8 @@ class Kernels:
             )
         return fitting[0]
 
-    def _raise_fault(self) -> None:
+    def raise_fault(self) -> None:
+        """What the emulator has found wrong since the last call, if anything."""
         kernel, code = ctypes.c_void_p(), ctypes.c_void_p()
         sentence = self.emulator.cuda_emulator_take_fault(ctypes.byref(kernel), ctypes.byref(code))
         if sentence is None:

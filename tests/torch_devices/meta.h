@@ -1,6 +1,5 @@
-// csrc/ops_cuda.cpp on tensors of torch's meta device, which have sizes of any kind and no memory, in the
-// place of a GPU's: included in front of it by tests/test_cuda_ops.py. Launches are recorded by the emulator,
-// not run.
+// csrc/ops_cuda.cpp on tensors of torch's meta device, which have sizes of any kind and no memory: included
+// in front of it by __init__.py. Launches are recorded by the emulator, not run.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,8 +15,8 @@ int capability = 80;  // ten times that of the GPU that is made up
 bool on_gpu(const torch::stable::Tensor& tensor) { return !tensor.is_cpu(); }
 int32_t gpu_of(const torch::stable::Tensor& tensor) { return on_gpu(tensor) ? 0 : -1; }
 
-struct NoGuard {
-  explicit NoGuard(int32_t) {}
+struct Guard {
+  explicit Guard(int32_t) {}
 };
 
 cudaError_t gpu_attribute(int* value, cudaDeviceAttr which, int device) {
