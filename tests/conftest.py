@@ -85,25 +85,31 @@ def cuda(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def _on_one_of(item: pytest.Item, devices: list[str]) -> bool:
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    return params.get("device") in devices or params.get("gpu") in devices
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of the CPU's algorithms a GPU knows nothing: there a test runs once. On the emulator most are slow."""
 
-    def on_gpu(item: pytest.Item) -> bool:
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        return not {params.get("device"), params.get("gpu")}.isdisjoint([*GPUS, *EMULATED])
-
     def repeats(item: pytest.Item) -> bool:
         algorithm = getattr(getattr(item, "callspec", None), "params", {}).get("algorithm", "direct")
-        return on_gpu(item) and algorithm != "direct"
+        return _on_one_of(item, [*GPUS, *EMULATED]) and algorithm != "direct"
 
     repeated = [item for item in items if repeats(item)]
     if repeated:
         config.hook.pytest_deselected(items=repeated)
         items[:] = [item for item in items if not repeats(item)]
     for item in items:
-        if EMULATED and on_gpu(item) and zlib.crc32(item.name.encode()) % SAMPLED:
+        if _on_one_of(item, EMULATED) and zlib.crc32(item.name.encode()) % SAMPLED:
             item.add_marker("slow")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any(_on_one_of(item, EMULATED) for item in session.items):
+        torch_devices.register_emulated()
 
 
 # Rounding errors of Winograd's F(4x4, 3x3) and F(6x6, 3x3) over those of a direct convolution: 5.3 and 23 in the root

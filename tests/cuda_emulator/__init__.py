@@ -200,7 +200,7 @@ def _headers(path: Path) -> bytes:
 
 
 @functools.cache
-def _runtime() -> Path:
+def runtime() -> Path:
     """The emulator itself, which every library of kernels shares."""
     for file in folder().iterdir():
         if time.time() - file.stat().st_mtime > UNUSED_SECONDS:
@@ -228,7 +228,7 @@ def _replaced(changes: Sequence[Replacement], into: Path) -> None:
 
 @functools.cache
 def _build(sources: tuple[Path, ...], changes: tuple[Replacement, ...]) -> Kernels:
-    runtime = _runtime()
+    emulator = runtime()
     with tempfile.TemporaryDirectory() as scratch:
         csrc = CSRC
         if changes:
@@ -240,7 +240,7 @@ def _build(sources: tuple[Path, ...], changes: tuple[Replacement, ...]) -> Kerne
             objects = list(
                 pool.map(lambda source: _compile(source, INSTRUMENT, [HERE, csrc], headers), moved)
             )
-    return Kernels(_link(sources[0].stem, objects, [runtime]), runtime)
+    return Kernels(_link(sources[0].stem, objects, [emulator]), emulator)
 
 
 def sparse(shape: Sequence[int], dtype: str) -> np.ndarray:
@@ -337,7 +337,7 @@ class Kernels:
     """A library of kernels; ``run`` calls one of its launchers."""
 
     def __init__(self, library: Path, runtime: Path) -> None:
-        self.path, self.runtime = library, runtime
+        self.path = library
         self.library = ctypes.CDLL(str(library))
         self.launchers = self._find_launchers()
         self.names: dict[int, str] = {}  # kernels', by address

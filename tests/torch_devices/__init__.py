@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import subprocess
@@ -78,12 +79,11 @@ def on_meta(kernels: cuda_emulator.Kernels) -> Path:
     return _library("ops_on_meta", text, OPERATORS, [kernels.path])
 
 
-def load_emulated(changes: Mapping[str, str] | None = None) -> cuda_emulator.Kernels:
-    """Makes the device known to torch, with maskcore's operators. Once a process."""
-    kernels = all_kernels()
-    device = _library("emulated_device", (HERE / "emulated.cpp").read_text(), [], [kernels.runtime])
-    operators = _operators("emulated.h", "maskcore, PrivateUse1", changes)
-    library = _library("ops_on_emulated", operators, OPERATORS, [kernels.path, device])
+@functools.cache
+def register_emulated() -> Path:
+    """Makes the device known to torch, whose autograd asks for devices once, at the first backward pass."""
+    runtime = cuda_emulator.runtime()
+    device = _library("emulated_device", (HERE / "emulated.cpp").read_text(), [], [runtime])
     torch.utils.rename_privateuse1_backend(EMULATED)
     module = types.ModuleType(f"torch.{EMULATED}")  # what torch asks of each device
     module.is_available = lambda: True
@@ -94,5 +94,13 @@ def load_emulated(changes: Mapping[str, str] | None = None) -> cuda_emulator.Ker
     module.set_rng_state = lambda state, device=0: None
     torch._register_device_module(EMULATED, module)
     ctypes.CDLL(str(device), ctypes.RTLD_GLOBAL)
+    return device
+
+
+def load_emulated(changes: Mapping[str, str] | None = None) -> cuda_emulator.Kernels:
+    """Gives the device maskcore's operators. Once a process."""
+    kernels, device = all_kernels(), register_emulated()
+    operators = _operators("emulated.h", "maskcore, PrivateUse1", changes)
+    library = _library("ops_on_emulated", operators, OPERATORS, [kernels.path, device])
     torch.ops.load_library(str(library))
     return kernels
