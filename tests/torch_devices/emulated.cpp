@@ -113,12 +113,16 @@ REGISTER_ALLOCATOR(kDevice, &allocator)
 thread_local c10::DeviceIndex current_index = 0;
 
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<kDevice> {
-  c10::Device exchangeDevice(c10::Device device) const override {
-    return {kDevice, std::exchange(current_index, device.index())};
-  }
   c10::Device getDevice() const override { return {kDevice, current_index}; }
-  void setDevice(c10::Device device) const override { current_index = device.index(); }
-  void uncheckedSetDevice(c10::Device device) const noexcept override { current_index = device.index(); }
+  void uncheckedSetDevice(c10::Device device) const noexcept override {
+    if (device.has_index()) current_index = device.index();
+  }
+  void setDevice(c10::Device device) const override { uncheckedSetDevice(device); }
+  c10::Device exchangeDevice(c10::Device device) const override {
+    const c10::Device before = getDevice();
+    uncheckedSetDevice(device);
+    return before;
+  }
   c10::Stream getStream(c10::Device device) const noexcept override {
     return c10::Stream(c10::Stream::DEFAULT, device);
   }
