@@ -131,7 +131,7 @@ class Network(torch.nn.Module):
             if (
                 isinstance(first, nn.ConvBNReLU)
                 and isinstance(second, nn.ConvReLU)
-                and nn.can_fuse(first, second, x)
+                and nn.can_fuse(first, second)
             ):
                 x = nn.conv_bn_relu_conv_relu(first, second, x)
                 del layers[:2]

@@ -181,7 +181,7 @@ def _is_watched(layer: torch.nn.Module) -> bool:
     )
 
 
-def can_fuse(first: torch.nn.Module, second: torch.nn.Module, x: Tensor) -> bool:
+def can_fuse(first: torch.nn.Module, second: torch.nn.Module) -> bool:
     """Whether :func:`conv_bn_relu_conv_relu` may stand for ``second(first(x))``.
 
     It is for training, and calls no hooks: a layer that has some is called by itself.
@@ -191,7 +191,6 @@ def can_fuse(first: torch.nn.Module, second: torch.nn.Module, x: Tensor) -> bool
         and type(second) is ConvReLU
         and first.training
         and first.precision == second.precision
-        and not x.is_meta
         and not _is_watched(first)
         and not _is_watched(second)
     )

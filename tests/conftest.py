@@ -54,6 +54,7 @@ def emulated() -> cuda_emulator.Kernels:
 
 
 def _ready(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device that the fixture is asked for; a test on the emulator ends well if that has found nothing."""
     kernels = request.getfixturevalue("emulated") if request.param in EMULATED else None
     yield str(request.param)
     if kernels is not None:

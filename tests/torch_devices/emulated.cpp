@@ -20,6 +20,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -146,8 +147,7 @@ class Allocating {
   Allocating(std::optional<c10::Device> device, std::optional<c10::ScalarType> dtype)
       : type_(c10::dtype_or_default(dtype)), before_(current_index) {
     if (device.has_value() && device->has_index()) current_index = device->index();
-    element_log2 = 0;
-    while ((size_t{2} << element_log2) <= c10::elementSize(type_)) ++element_log2;
+    element_log2 = std::bit_width(c10::elementSize(type_)) - 1;
   }
   ~Allocating() {
     current_index = before_;
